@@ -1,0 +1,30 @@
+# `make sample` and `make test` need only Python 3.11+, a C++ compiler and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: sample test bench lint aot clean
+
+sample: .venv/ready
+	$(BIN)/fastdiff sample --model fashion-mnist --steps 50 --guidance 1 --seed 0 --out samples.png
+
+test: .venv/ready
+	$(BIN)/python -m pytest tests
+
+bench: .venv/ready
+	$(BIN)/python bench/run.py --steps 50
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+aot: .venv/ready
+	$(BIN)/python -m fastdiff.aot
+
+# torch 2.13.0 where a CPU wheel of it is at hand, else what the index serves
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -e ".[triton,bench,test,lint]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info fastdiff/*.so
