@@ -1,0 +1,42 @@
+"""fastdiff: the fastest, clearest way to sample from, train and distil diffusion models."""
+
+import torch as torch  # first: its OpenMP runtime is the one our kernels share
+
+from . import ops
+from .checkpoint import load, save
+from .interpolate import interpolate
+from .losses import DiffusionLoss
+from .models import UNet, UNetConfig
+from .op import backend
+from .samplers import (
+    DDIMSampler,
+    DDPMSampler,
+    DPMSolverSampler,
+    HeunSampler,
+    LangevinSampler,
+    Sampler,
+)
+from .schedule import NoiseSchedule
+from .table import Table
+from .train import TrainConfig, Trainer
+
+__all__ = [
+    "DDIMSampler",
+    "DDPMSampler",
+    "DPMSolverSampler",
+    "DiffusionLoss",
+    "HeunSampler",
+    "LangevinSampler",
+    "NoiseSchedule",
+    "Sampler",
+    "Table",
+    "TrainConfig",
+    "Trainer",
+    "UNet",
+    "UNetConfig",
+    "backend",
+    "interpolate",
+    "load",
+    "ops",
+    "save",
+]

@@ -1,0 +1,115 @@
+"""Builds the kernels with ninja: what each file is compiled with stands here.
+
+setup.py uses it for the extension modules; `python csrc/build.py FOLDER` builds and runs the
+plain C++ tests in FOLDER, with the address and undefined-behaviour sanitizers. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+
+# No contraction: a fused multiply-add is where the code says so (FD_FMA), and nowhere else.
+FLAGS = (
+    "-std=c++17 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math "
+    "-ffp-contract=off"
+)
+_AVX2 = "-mavx2 -mfma"
+ISAS = {"scalar": ""}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISAS |= {
+        "avx2": _AVX2,
+        "avx512": f"{_AVX2} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl "
+        "-mprefer-vector-width=512",
+    }
+CUDA_TARGETS = ("80", "90", "100")
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first that is found; None without one."""
+    return next(filter(shutil.which, [os.environ.get("CXX", ""), "g++", "c++", "clang++"]), None)
+
+
+def cuda_compiler() -> str | None:
+    """nvcc, if it is found and there is something for it to compile."""
+    return shutil.which("nvcc") if list((CSRC / "cuda").glob("*.cu")) else None
+
+
+def _rules(flags: str) -> str:
+    return f"""\
+rule cxx
+  command = {compiler()} {FLAGS} {flags} $more -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {compiler()} {flags} $in $more -o $out
+rule nvcc
+  command = nvcc -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden $more -c $in -o $out
+rule nvlink
+  command = nvcc -shared $in -o $out
+"""
+
+
+Edge = tuple[str, str, str, str]  # rule, output, inputs, further flags
+
+
+def _path(path: Path | str) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _kernels() -> Iterator[Edge]:
+    """Every file of csrc/cpu, once for each instruction set."""
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        for isa, flags in ISAS.items() if source.stem != "isa" else [("any", "")]:
+            yield "cxx", f"{source.stem}.{isa}.o", _path(source), f"-DFD_ISA={isa} {flags}"
+
+
+def _run_ninja(folder: Path, flags: str, edges: list[Edge]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"build {out}: {rule} {inputs}\n  more = {more}\n" for rule, out, inputs, more in edges]
+    (folder / "build.ninja").write_text(_rules(flags) + "".join(lines))
+    ninja = [shutil.which("ninja") or "ninja"]
+    if importlib.util.find_spec("ninja"):
+        ninja = [sys.executable, "-m", "ninja"]
+    subprocess.run([*ninja, "-C", str(folder), "--quiet"], check=True)
+
+
+def extension(name: str, output: Path, folder: Path, includes: list[str]) -> None:
+    """Build the extension module `name`, _C or _cuda, as the file `output`; objects in `folder`."""
+    include = " ".join(f"-I{_path(i)}" for i in includes)
+    if name == "_C":
+        edges = [*_kernels(), ("cxx", "bind.o", _path(CSRC / "bind.cpp"), include)]
+        undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+        link = ("link", f"-shared {undefined}")
+    else:
+        targets = " ".join(f"-gencode arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS)
+        sources = sorted((CSRC / "cuda").glob("*.cu"))
+        edges = [("nvcc", f"{s.stem}.o", _path(s), f"{include} {targets}") for s in sources]
+        link = ("nvlink", "")
+    objects = " ".join(out for _, out, _, _ in edges)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    edges.append((link[0], _path(output.resolve()), objects, link[1]))
+    _run_ninja(folder, "-O3 -DNDEBUG", edges)
+
+
+def test(folder: Path) -> int:
+    """Build and run the C++ tests under the sanitizers; warnings are errors. The exit status."""
+    tests = sorted((CSRC / "tests").glob("*.cpp"))
+    edges = [*_kernels(), *(("cxx", f"test_{s.stem}.o", _path(s), "") for s in tests)]
+    objects = " ".join(out for _, out, _, _ in edges)
+    edges.append(("link", "tests", objects, "-fopenmp"))
+    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    _run_ninja(folder, f"-O1 -g -Wall -Wextra -Werror {sanitize}", edges)
+    return subprocess.run([str(folder.resolve() / "tests")]).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(test(Path(sys.argv[1])))

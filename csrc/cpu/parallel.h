@@ -1,0 +1,49 @@
+// Threads of the OpenMP runtime that is already in the process, which is torch's.
+//
+// A runtime of our own would spin against that one, so none is linked: its entry points are looked
+// up among what is loaded. They are those of libgomp, which libomp and libiomp5 have as well.
+// Without any, the work is done by the calling thread.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+__attribute__((weak)) void GOMP_parallel(void (*function)(void*), void* data, unsigned threads,
+                                         unsigned flags);
+__attribute__((weak)) int omp_get_thread_num();
+__attribute__((weak)) int omp_get_num_threads();
+}
+
+namespace fd {
+namespace {
+
+constexpr int64_t kLarge = 32768;  // elements from which more than one thread is worth its start
+
+inline bool has_threads() { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
+
+template <class Body>
+struct Share {
+  int64_t count;
+  const Body& body;
+
+  static void run(void* data) {
+    const Share& share = *static_cast<const Share*>(data);
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t end = share.count * (thread + 1) / threads;
+    for (int64_t i = share.count * thread / threads; i < end; ++i) share.body(i);
+  }
+};
+
+// body(0) to body(count - 1), in equal shares of neighbours.
+template <class Body>
+inline void for_each(int64_t count, bool large, const Body& body) {
+  if (large && has_threads()) {
+    Share<Body> share{count, body};
+    GOMP_parallel(Share<Body>::run, &share, 0, 0);
+  } else {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  }
+}
+
+}  // namespace
+}  // namespace fd

@@ -1,0 +1,106 @@
+"""Say what runs here, what is missing and what that costs."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..checkpoint import ASSETS
+from ..op import backend, missing
+from ..ops import OPS
+
+
+class Finding(NamedTuple):
+    """`mark` is "ok", "--" for what is missing but not needed, or "!!" for what is wrong."""
+
+    mark: str
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # it takes none
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; 1 if something that should work does not."""
+    del args
+    wrong = False
+    for check in (_versions, _cpp, _openmp, _gpu, _models):
+        for finding in check():
+            print(f"{finding.mark}  {finding.text}")
+            wrong |= finding.mark == "!!"
+    return int(wrong)
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("ok", f"fastdiff {version('fastdiff')}, python {platform.python_version()}")
+    yield Finding("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+
+
+def _cpp() -> Iterator[Finding]:
+    if reason := missing("cpp"):
+        yield Finding("--", f"no C++ kernels: {reason}")
+        yield Finding("--", "  ops run as plain torch, 5 to 40 times slower on the CPU; install")
+        yield Finding("--", "  a C++ compiler (apt install g++), then install fastdiff again")
+        return
+    from .. import _C
+
+    yield Finding("ok", f"C++ kernels for {_C.isa()}")
+    for op in OPS.values():
+        for case in op.cases():
+            if not case.large and not _agrees(op, case.inputs("cpu")):
+                yield Finding("!!", f"C++ kernel {op.name} is wrong in case {case.name}: report it")
+                return
+    yield Finding("ok", f"C++ kernels agree with the reference: {', '.join(OPS)}")
+
+
+def _agrees(op, inputs: tuple) -> bool:
+    """Whether the C++ kernel's outputs are the reference's, loosely (the tests are strict)."""
+    results = []
+    for name in ("cpp", "reference"):
+        with backend(name):
+            out = op.call(*inputs)
+        results.append([out] if isinstance(out, torch.Tensor) else out)
+    return all(
+        torch.allclose(a.double(), b.double(), rtol=tol, atol=tol)
+        for a, b in zip(*results, strict=True)
+        for tol in [1e-5 if a.dtype.itemsize == 4 else 2e-2]
+    )
+
+
+def _openmp() -> Iterator[Finding]:
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    names = ("libgomp", "libiomp", "libomp")
+    found = {line.split()[-1] for line in lines if any(f"/{name}" in line for name in names)}
+    if len(found) > 1:
+        yield Finding("!!", f"{len(found)} OpenMP runtimes spin against each other: {found}")
+        yield Finding("!!", "  that can cost half the speed; import torch before anything else")
+
+
+def _gpu() -> Iterator[Finding]:
+    if reason := missing("triton"):
+        yield Finding("--", f"no Triton: {reason}; only GPUs need it (pip install triton)")
+    else:
+        yield Finding("ok", f"triton {version('triton')}")
+    if torch.cuda.is_available():
+        yield Finding("ok", f"GPU: {torch.cuda.get_device_name()}")
+    else:
+        yield Finding("--", "no GPU that torch can use: everything runs on the CPU")
+    if not shutil.which("nvcc"):
+        yield Finding("--", "no nvcc: CUDA sources are not built; Triton serves GPUs without them")
+
+
+def _models() -> Iterator[Finding]:
+    names = sorted(p.parent.name for p in ASSETS.glob("*/model.safetensors"))
+    if names:
+        yield Finding("ok", f"shipped models: {', '.join(names)}")
+    else:
+        yield Finding("!!", f"no shipped models in {ASSETS}: install fastdiff again")

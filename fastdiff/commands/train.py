@@ -1,0 +1,84 @@
+"""Train a model from a recipe.
+
+A recipe is a JSON file of four parts: "model" (UNetConfig's fields), "schedule" (a
+constructor of NoiseSchedule), "data" (a reader and its arguments) and "train" (TrainConfig's
+fields). Flags override the last. Ctrl-C saves and stops; --resume continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import ImageSet, fashion_mnist, npz_images
+from ..errors import one_of
+from ..models import UNet, UNetConfig
+from ..schedule import NoiseSchedule
+from ..train import TrainConfig, Trainer
+
+_PARTS = ("model", "schedule", "data", "train")
+_READERS: dict[str, Callable[..., ImageSet]] = {"fashion-mnist": fashion_mnist, "npz": npz_images}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=Path, help="the recipe, a JSON file")
+    parser.add_argument("--data", type=Path, help="where the data is; else the reader's default")
+    parser.add_argument("--out", required=True, type=Path, help="the run's folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for field in fields(TrainConfig):
+        kind = type(field.default)
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=None,
+            help=f"overrides the recipe's (default {field.default})",
+            **({"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}),
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = read_recipe(args.config)
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    config = TrainConfig.from_json({**recipe["train"], **overrides})
+    options = dict(recipe["data"])
+    reader = options.pop("name", None)
+    one_of(f"{args.config}: data name", reader, _READERS)
+    source = () if args.data is None else (args.data,)
+    try:
+        inspect.signature(_READERS[reader]).bind(*source, **options)
+    except TypeError as error:
+        raise ValueError(f"{args.config}: data {reader!r}: {error}") from None
+    data = _READERS[reader](*source, **options)
+    torch.manual_seed(config.seed)
+    model = UNet(UNetConfig.from_json(recipe["model"])).to(args.device)
+    schedule = NoiseSchedule.from_json(recipe["schedule"])
+    trainer = Trainer(model, schedule, data, config, args.out)
+    try:
+        trainer.fit(resume=args.resume)
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from None
+    done = trainer.step == config.steps
+    print(f"{'finished' if done else 'stopped'} at step {trainer.step}: {args.out}")
+    return 0 if done else 130
+
+
+def read_recipe(path: Path) -> dict[str, dict[str, Any]]:
+    """The four parts of a recipe; errors name the file and what is wrong in it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe")
+    try:
+        recipe = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(recipe, dict) or sorted(recipe) != sorted(_PARTS):
+        got = sorted(recipe) if isinstance(recipe, dict) else type(recipe).__name__
+        raise ValueError(f"{path}: has {got}; must have the parts {list(_PARTS)}")
+    return recipe

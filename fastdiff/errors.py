@@ -1,0 +1,48 @@
+"""Checks shared by the public functions: every message names the argument and what it takes."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def is_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a torch.Tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
+
+
+def has_dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError unless the tensor's dtype is one of `allowed`."""
+    if value.dtype not in allowed:
+        takes = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        got = str(value.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: has dtype {got}, must be {takes}; convert it with .to()")
+
+
+def like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless `value` has the shape and device of `other`; nothing is broadcast."""
+    is_tensor(name, value)
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name}: has shape {tuple(value.shape)}, must be {tuple(other.shape)} as {other_name}"
+        )
+    on_device(name, value, other_name, other)
+
+
+def on_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless `value` is on the device of `other`."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: is on {value.device}, {other_name} is on {other.device}; "
+            f"move one with .to({str(other.device)!r})"
+        )

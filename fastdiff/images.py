@@ -1,0 +1,72 @@
+"""Batches of images as grids, PNG files and animated pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8 [B, C, H, W] on the CPU, rounded, clamped; uint8 is left as is."""
+    if x.dtype == torch.uint8:
+        return x.cpu()
+    return x.detach().float().cpu().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
+    """One picture of a batch, row by row.
+
+    Args:
+        x: [B, C, H, W] in [-1, 1], or uint8, C of 1 (grey) or 3 (RGB), B of 1 or more.
+        columns: images a row; the default is nearest to a square.
+        gap: white pixels between images.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
+        raise ValueError(f"x of shape {tuple(x.shape)}: must be [B, 1 or 3, H, W], B of 1 or more")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns={columns}: must be 1 or more")
+    batch, channels, height, width = x.shape
+    across = columns or math.ceil(math.sqrt(batch))
+    down = math.ceil(batch / across)
+    canvas = torch.full(
+        (channels, down * (height + gap) - gap, across * (width + gap) - gap),
+        255,
+        dtype=torch.uint8,
+    )
+    for k, image in enumerate(to_uint8(x)):
+        top, left = k // across * (height + gap), k % across * (width + gap)
+        canvas[:, top : top + height, left : left + width] = image
+    pixels = canvas[0] if channels == 1 else canvas.permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
+
+
+def save_animation(
+    frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.0, hold: float = 1.5
+) -> None:
+    """Write frames as an animated picture that loops; the name's ending gives the format.
+
+    Args:
+        frames: pictures of one size, one or more.
+        path: ends in .gif, .png or .webp.
+        seconds: how long the frames take together.
+        hold: how much longer the last one stays.
+
+    Raises:
+        ValueError: no frames, or another ending.
+    """
+    path = Path(path)
+    if not frames:
+        raise ValueError("frames: is empty, must hold one picture or more")
+    if path.suffix not in (".gif", ".png", ".webp"):
+        raise ValueError(f"path={str(path)!r}: must end in .gif, .png or .webp")
+    times = [round(1000 * seconds / len(frames))] * len(frames)
+    times[-1] += round(1000 * hold)
+    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=times, loop=0)

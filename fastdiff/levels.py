@@ -1,0 +1,62 @@
+"""Levels: where each row of a table starts and where it goes, looked up and checked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .schedule import Array, NoiseSchedule
+
+
+class Levels(NamedTuple):
+    """Each row's level and the level it goes to, float64 [R]."""
+
+    t: NDArray[np.int64]
+    alpha: Array
+    sigma: Array
+    alpha_next: Array
+    sigma_next: Array
+
+    @property
+    def beta(self) -> Array:
+        """Variance of x_t given x_t': sigma^2 - (alpha / alpha')^2 sigma'^2."""
+        return self.sigma**2 - (self.alpha / self.alpha_next * self.sigma_next) ** 2
+
+    @property
+    def beta_tilde(self) -> Array:
+        """Variance of x_t' given x_t and x0: beta sigma'^2 / sigma^2."""
+        return self.beta * (self.sigma_next / self.sigma) ** 2
+
+
+def levels(
+    schedule: NoiseSchedule, timesteps: ArrayLike, next_timesteps: ArrayLike | None = None
+) -> Levels:
+    """Look up both ends of every row, after checking them."""
+    t = integers("timesteps", timesteps)
+    if t.size == 0 or (np.diff(t) >= 0).any() or t[0] >= len(schedule) or t[-1] < 0:
+        raise ValueError(
+            f"timesteps={t.tolist()}: must descend strictly within 0..{len(schedule) - 1}; "
+            "schedule.timesteps() gives such a list"
+        )
+    after = np.append(t[1:], -1)
+    to = after if next_timesteps is None else integers("next_timesteps", next_timesteps)
+    if to.shape != t.shape or (to > t).any() or (to < -1).any():
+        raise ValueError(
+            f"next_timesteps={to.tolist()}: must be {t.size} timesteps, each at most its row's "
+            "own, with -1 for the data"
+        )
+    return Levels(t, *level_at(schedule, t), *level_at(schedule, to))
+
+
+def level_at(schedule: NoiseSchedule, t: NDArray[np.int64]) -> tuple[Array, Array]:
+    """(alpha, sigma) at timesteps t, where -1 is the data."""
+    return np.append(schedule.alpha, 1.0)[t], np.append(schedule.sigma, 0.0)[t]
+
+
+def integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"{name}: must be a list of integers, got {values!r}")
+    return array.astype(np.int64)

@@ -1,0 +1,152 @@
+"""The blocks of the U-Net, with guided-diffusion's parameter names."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import UNetConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def timestep_embedding(t: Tensor, channels: int, style: str) -> Tensor:
+    """Sinusoidal embedding of t, fp32 [B, channels] (Vaswani et al. 2017, section 3.5).
+
+    "adm": cos then sin of t 10000^(-i / half), i < half; "ddpm": sin then cos, half - 1.
+    """
+    half = channels // 2
+    step = -math.log(10000.0) / (half if style == "adm" else half - 1)
+    frequencies = torch.exp(step * torch.arange(half, device=t.device, dtype=torch.float32))
+    angles = t.to(torch.float32)[:, None] * frequencies[None]
+    parts = (angles.cos(), angles.sin()) if style == "adm" else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=1)
+
+
+def group_norm(channels: int, config: UNetConfig) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(config.norm_groups, channels), channels, eps=config.norm_eps)
+
+
+def zeroed(module: M) -> M:
+    """The module with zero parameters, so that its block starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.pad_end = config.downsample_padding == "end"
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.pad_end else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions and a skip, told the time and class by `emb`.
+
+    AdaGN: h = GN(h) (1 + scale) + shift; otherwise h = GN(h + emb). A block that resamples does
+    so between SiLU and the first convolution; its skip is resampled without a convolution.
+
+    Args:
+        resample: "up" doubles and "down" halves the resolution; None keeps it.
+    """
+
+    def __init__(
+        self, channels: int, out_channels: int, config: UNetConfig, resample: str | None = None
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.scale_shift = config.scale_shift
+        self.gain = math.sqrt(0.5) if config.rescale_residual else None
+        width = out_channels * (2 if config.scale_shift else 1)
+        self.in_layers = nn.Sequential(
+            group_norm(channels, config), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(config.embedding_channels, width))
+        self.out_layers = nn.Sequential(
+            group_norm(out_channels, config),
+            nn.SiLU(),
+            nn.Dropout(config.dropout),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resample == "down" else x
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, act, conv = self.in_layers
+        h = conv(self._resampled(act(norm(x))))
+        x = self.skip_connection(self._resampled(x))
+        shift = self.emb_layers(emb)[:, :, None, None]
+        norm, *rest = self.out_layers
+        if self.scale_shift:
+            scale, shift = shift.chunk(2, dim=1)
+            h = torch.addcmul(shift, norm(h), 1 + scale)
+        else:
+            h = norm(h + shift)
+        for layer in rest:
+            h = layer(h)
+        return x + h if self.gain is None else (x + h) * self.gain
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels: x + proj(softmax(q k' / sqrt(ch)) v), ch channels a head.
+
+    The fused kernel scales q and k by ch^(-1/4) each, or does what is equal to it, and takes
+    the softmax in fp32. qkv and proj_out are 1x1 convolutions over the flattened pixels.
+    """
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.heads = config.heads_at(channels)
+        self.legacy = config.attention_order == "legacy"
+        self.gain = math.sqrt(0.5) if config.rescale_residual else None
+        self.norm = group_norm(channels, config)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels, height, width = x.shape[1:]
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)
+        order = (self.heads, 3) if self.legacy else (3, self.heads)
+        qkv = qkv.unflatten(2, (*order, channels // self.heads))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3 if self.legacy else 2))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = F.linear(h, self.proj_out.weight[:, :, 0], self.proj_out.bias)
+        h = h.transpose(1, 2).unflatten(2, (height, width))
+        return x + h if self.gain is None else (x + h) * self.gain
+
+
+class Stage(nn.Sequential):
+    """Layers in order, of which only residual blocks take the embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x

@@ -1,0 +1,185 @@
+"""The U-Net of the ADM family."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    Stage,
+    Upsample,
+    group_norm,
+    timestep_embedding,
+    zeroed,
+)
+from .config import UNetConfig
+
+if TYPE_CHECKING:
+    from ..schedule import NoiseSchedule
+
+
+class UNet(nn.Module):
+    """The U-Net of "Diffusion Models Beat GANs" (Dhariwal & Nichol 2021), and of DDPM.
+
+    Parameters carry guided-diffusion's names, so that its state dicts load as they are.
+
+    Example:
+        >>> model = UNet(UNetConfig(channels=32, norm_groups=8))
+        >>> model(torch.zeros(2, 3, 32, 32), torch.tensor([0, 999])).shape
+        torch.Size([2, 3, 32, 32])
+
+    Attributes:
+        config: how it is built.
+        schedule, prediction, class_names: how it was trained, for samplers; set by
+            `fastdiff.load` and by the trainer, None and empty on a fresh network.
+    """
+
+    schedule: NoiseSchedule | None = None
+    prediction: str | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, depth = config.channels, len(config.channel_mult)
+        emb = config.embedding_channels
+        self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
+        if config.num_classes is not None:
+            self.label_emb = nn.Embedding(config.num_classes, emb)
+
+        channels = first = width * config.channel_mult[0]
+        stem = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.input_blocks = nn.ModuleList([Stage(stem)])
+        skips = [channels]
+        for level, mult in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(self._stage(channels, mult * width, level))
+                channels = mult * width
+                skips.append(channels)
+            if level < depth - 1:
+                down = (
+                    ResBlock(channels, channels, config, "down")
+                    if config.resblock_updown
+                    else Downsample(channels, config)
+                )
+                self.input_blocks.append(Stage(down))
+                skips.append(channels)
+
+        self.middle_block = Stage(
+            ResBlock(channels, channels, config),
+            AttentionBlock(channels, config),
+            ResBlock(channels, channels, config),
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for _ in range(config.num_res_blocks + 1):
+                stage = self._stage(channels + skips.pop(), mult * width, level)
+                channels = mult * width
+                self.output_blocks.append(stage)
+            if level:
+                stage.append(
+                    ResBlock(channels, channels, config, "up")
+                    if config.resblock_updown
+                    else Upsample(channels)
+                )
+
+        self.out = nn.Sequential(
+            group_norm(channels, config),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(first, config.out_channels, 3, padding=1)),
+        )
+
+    def _stage(self, channels: int, out_channels: int, level: int) -> Stage:
+        stage = Stage(ResBlock(channels, out_channels, self.config))
+        if self.config.image_size >> level in self.config.attention_resolutions:
+            stage.append(AttentionBlock(out_channels, self.config))
+        return stage
+
+    def embed(self, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The embedding of time and class, [B, 4 channels], in the parameters' dtype.
+
+        Args:
+            t: [B] timesteps, integer or floating point, on the training schedule's scale.
+            cond: [B] int64 labels, -1 for "no class"; None is all -1.
+        """
+        waves = timestep_embedding(t, self.config.channels, self.config.time_embedding)
+        emb = self.time_embed(waves.to(next(self.time_embed.parameters()).dtype))
+        if cond is not None:
+            given = (cond >= 0)[:, None]
+            emb = emb + torch.where(given, self.label_emb(cond.clamp(min=0)), 0.0)
+        return emb
+
+    def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
+        """The network on images [B, C, H, W] and the embedding that `embed` returned."""
+        skips = []
+        for stage in self.input_blocks:
+            x = stage(x, emb)
+            skips.append(x)
+        x = self.middle_block(x, emb)
+        for stage in self.output_blocks:
+            x = stage(torch.cat((x, skips.pop()), dim=1), emb)
+        return self.out(x)
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The prediction for images x [B, C, H, W] at timesteps t [B] given labels cond [B].
+
+        Returns [B, out_channels, H, W] in x's dtype; a learned variance is the second half of
+        the channels.
+
+        Raises:
+            ValueError, TypeError: wrong shapes, dtypes, or labels; before any work.
+        """
+        self._check(x, t, cond)
+        return self.denoise(x, self.embed(t, cond))
+
+    @staticmethod
+    def null_cond(cond: Tensor) -> Tensor:
+        """Labels that mean "no class", as many as `cond` has."""
+        return torch.full_like(cond, -1)
+
+    def _check(self, x: Tensor, t: Tensor, cond: Tensor | None) -> None:
+        config, multiple = self.config, self.config.downsampling
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)}: must be [B, {config.in_channels}, H, W]"
+            )
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(
+                f"x of {x.shape[2]}x{x.shape[3]} pixels: height and width must be divisible "
+                f"by {multiple}; pad the images"
+            )
+        weight = self.out[2].weight
+        if x.device != weight.device:
+            raise ValueError(f"x on {x.device}: must be on {weight.device}, as the model")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x of dtype {x.dtype}: must be {weight.dtype}, as the model; convert")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t of shape {tuple(t.shape)}: must be [{x.shape[0]}], one an image")
+        if t.dtype == torch.bool or t.is_complex():
+            raise TypeError(f"t of dtype {t.dtype}: must be integer or floating point")
+        if cond is None:
+            return
+        if config.num_classes is None:
+            raise ValueError(
+                "cond: this model is unconditional (num_classes is None); leave it out"
+            )
+        if cond.shape != x.shape[:1]:
+            raise ValueError(
+                f"cond of shape {tuple(cond.shape)}: must be [{x.shape[0]}], one an image"
+            )
+        if cond.dtype != torch.int64:
+            raise TypeError(f"cond of dtype {cond.dtype}: must be int64 class labels")
+        # on an accelerator the check would stall the stream at each call
+        if cond.device.type == "cpu" and not torch.compiler.is_compiling() and cond.numel():
+            low, high = torch.aminmax(cond)
+            if low < -1 or high >= config.num_classes:
+                raise ValueError(
+                    f"cond with labels {low} .. {high}: must be 0 .. {config.num_classes - 1}, "
+                    "or -1 for no class"
+                )

@@ -1,0 +1,387 @@
+"""Samplers: a table, and the one loop that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from . import errors, presets, tables
+from .ops.randn import BEFORE_FIRST_ROW, randn, streams_of
+from .ops.step import OP as STEP
+from .rollout import Model, Rollout, placement, previews, split
+from .schedule import NoiseSchedule
+from .spacing import SPACINGS
+from .table import Table
+
+Spacing = str | Iterable[int]
+_streams = lru_cache(maxsize=32)(streams_of)
+
+
+class Sampler:
+    """Runs any `Table`; the samplers below differ only in the table they build.
+
+    A model is a callable `model(x, t)` or `model(x, t, cond)`, t a [B] tensor; an output with a
+    `.sample` (diffusers) is unwrapped. The state is float32 whatever the model's dtype.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self._registers: dict[torch.device, Tensor] = {}
+        self._tables: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}\n{self.table!r}"
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        seed: int | Sequence[int] = 0,
+        x_T: Tensor | None = None,
+        cond: Tensor | None = None,
+        guidance: float | Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        progress: bool = False,
+        callback: Callable[[int, Tensor, Tensor], Any] | None = None,
+        first_index: int = 0,
+        *,
+        uncond: Tensor | None = None,
+        gradient: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """Draw samples: float32, of the given shape, on the model's device.
+
+        shape: [B, C, ...]. seed: an int, or one a sample; sample k has the noise of the stream
+        (seed, first_index + k), whatever the batch. x_T: the noise to start from, float32, unit
+        variance, in place of the seed's. cond: the model's third argument, [B, ...].
+        guidance: the weight w of (w + 1) m_cond - w m_uncond, a number or one a row of the table;
+        guidance_interval=(lo, hi) keeps it to noise levels lo < sigma / alpha <= hi, and other
+        rows run the conditional half alone. uncond: what stands for "no condition", by default
+        `model.null_cond(cond)`. gradient(x, t[, cond]): a classifier's gradient at x, for a table
+        with a classifier scale. callback(row, x, x0) is called after each row with the state and
+        the predicted x0; x is overwritten by the next row, clone it to keep it.
+
+        Raises ValueError or TypeError, before the model runs, for arguments that do not fit.
+        """
+        shape, table, interval = tuple(shape), self.table, guidance_interval
+        if len(shape) < 2 or min(shape) < 1:
+            raise ValueError(f"shape={shape}: must be (B, C, ...), every size at least 1")
+        if guidance is not None:
+            table = table.with_guidance(guidance, interval)
+        elif interval is not None:
+            raise ValueError("guidance_interval: was given without guidance; give its weight w")
+        if table.guided:
+            uncond = _unconditional(model, cond, uncond)
+        if table.classifier != (gradient is not None):
+            raise ValueError(
+                "gradient: is needed by a table with a classifier scale, and only by it"
+            )
+        for name, value in (("cond", cond), ("uncond", uncond)):
+            if value is not None and len(value) != shape[0]:
+                raise ValueError(f"{name}: has batch {len(value)}, must be {shape[0]} as in shape")
+        start, streams = self._start(model, shape, seed, x_T, first_index)
+        rollout = Rollout(
+            table, model, start, cond=cond, uncond=uncond, streams=streams, gradient=gradient
+        )
+        preview = None
+        if callback is not None:
+            preview = torch.from_numpy(previews(table).float32()).to(start.device)
+        for i in tqdm(range(len(table)), desc=table.name, disable=not progress):
+            x0 = rollout.run(i, preview)
+            if callback is not None:
+                callback(i, rollout.x, x0)
+        return rollout.x
+
+    def _start(
+        self,
+        model: Model,
+        shape: tuple[int, ...],
+        seed: int | Sequence[int],
+        x_T: Tensor | None,
+        first_index: int,
+    ) -> tuple[Tensor, Tensor]:
+        device = placement(model)[1]
+        if device is None:
+            device = x_T.device if x_T is not None else torch.device("cpu")
+        streams = streams_of(seed, shape[0], first_index, device=device)
+        if x_T is None:
+            x_T = randn(shape, seed, row=BEFORE_FIRST_ROW, first_index=first_index, device=device)
+        errors.is_tensor("x_T", x_T)
+        errors.has_dtype("x_T", x_T, (torch.float32,))
+        if x_T.shape != shape:
+            raise ValueError(f"x_T: has shape {tuple(x_T.shape)}, must be {shape} as shape says")
+        if x_T.device != device:
+            raise ValueError(f"x_T: is on {x_T.device}, the model is on {device}; move one")
+        return x_T.contiguous() * self.table.init, streams
+
+    def step(
+        self,
+        model_output: Any,
+        i: int,
+        x: Tensor,
+        noise: Tensor | None = None,
+        *,
+        seed: int = 0,
+        first_index: int = 0,
+    ) -> Tensor:
+        """Row i of the table, for a loop of your own: the next state, float32, as x.
+
+        model_output: the model's output at (c_in x, t) of that row, [B, ...] in any model dtype;
+        twice the channels with a learned variance; twice the batch, conditional half first, where
+        the table guides. noise: float32, as x; without it a noisy row makes the noise of the
+        streams (seed, first_index + k), which is that of `sample`. A solver with history keeps
+        its register here: run the rows in order, from 0.
+        """
+        if not 0 <= i < len(self.table):
+            raise ValueError(f"i={i}: must be in [0, {len(self.table)}), the table's rows")
+        errors.is_tensor("x", x)
+        errors.has_dtype("x", x, (torch.float32,))
+        if noise is not None:
+            errors.like("noise", noise, "x", x)
+            errors.has_dtype("noise", noise, (torch.float32,))
+        m, m_u, v = split(model_output, x, self._guided[i], self.table.learned_variance)
+        errors.on_device("model_output", m, "x", x)
+        streams = None
+        if noise is None and self.table.noisy:
+            streams = _streams(seed, len(x), first_index, device=x.device)
+        columns, rows = self._on(x.device)
+        h = self._register(i, x) if self.table.history else None
+        out = STEP.call(x, m, columns, rows[i], m_u, v, None, h, noise, streams, 0)
+        if h is not None:
+            self._registers[x.device] = out[1]
+        return out[0]
+
+    def _register(self, i: int, x: Tensor) -> Tensor:
+        if i == 0:
+            return torch.zeros_like(x)
+        h = self._registers.get(x.device)
+        if h is None or h.shape != x.shape:
+            raise ValueError(f"i={i}: this solver remembers the row before; start with i=0")
+        return h
+
+    @cached_property
+    def _guided(self) -> list[bool]:
+        return (self.table.w != 0).tolist()
+
+    def _on(self, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The table's columns and row numbers on a device, made once."""
+        if device not in self._tables:
+            columns = torch.from_numpy(self.table.float32()).to(device)
+            self._tables[device] = columns, torch.arange(len(self.table), device=device).unbind()
+        return self._tables[device]
+
+
+def _unconditional(model: Model, cond: Tensor | None, uncond: Tensor | None) -> Tensor:
+    if cond is None:
+        raise ValueError("guidance: needs a condition to strengthen; give cond")
+    if uncond is None:
+        if not hasattr(model, "null_cond"):
+            raise ValueError(
+                "uncond: guidance needs what stands for no condition, like cond; "
+                "give it, or a model with a method null_cond(cond)"
+            )
+        uncond = model.null_cond(cond)
+    errors.like("uncond", uncond, "cond", cond)
+    return uncond
+
+
+class _Scheduled(Sampler):
+    """A sampler whose table a builder of `tables` makes from a schedule and its timesteps."""
+
+    solver: ClassVar[str]
+
+    def _build(self, schedule: NoiseSchedule, timesteps: NDArray[np.int64], **options: Any) -> Self:
+        super().__init__(getattr(tables, self.solver)(schedule, timesteps, **options))
+        self.schedule, self.timesteps, self.options = schedule, timesteps, options
+        return self
+
+    @classmethod
+    def like(
+        cls, peer: str, schedule: NoiseSchedule, steps: int | None = None, **options: Any
+    ) -> Self:
+        """This sampler with a peer's conventions exactly: "guided-diffusion" or "diffusers".
+
+        `options` override the peer's defaults, which `fastdiff.presets` lists: spacing, offset,
+        set_alpha_to_one, and the options of the builder in `fastdiff.tables`.
+        """
+        timesteps, options = presets.like(peer, cls.solver, schedule, steps, **options)
+        return cls.__new__(cls)._build(schedule, timesteps, **options)
+
+
+def _timesteps(
+    schedule: NoiseSchedule, steps: int | None, spacing: Spacing, offset: int, usual: int
+) -> NDArray[np.int64]:
+    """The schedule's timesteps; `usual` is how many a spacing that implies none gets."""
+    if steps is None and spacing in SPACINGS:
+        steps = min(usual, len(schedule))
+    return schedule.timesteps(steps, spacing, offset)
+
+
+class DDIMSampler(_Scheduled):
+    """Denoising diffusion implicit models (Song et al. 2021): few steps, or exact inversion.
+
+    eta: 0 is deterministic, 1 as noisy as DDPM. steps: 50 where the spacing implies no number.
+    spacing, offset: see `NoiseSchedule.timesteps`. prediction: "eps", "x0", "v", "score", "edm".
+    clip: clamp predicted x0 to [-clip, clip]; eps then follows it, unless keep_eps.
+    classifier_scale: of a classifier's gradient.
+
+    Example:
+        >>> sampler = DDIMSampler(NoiseSchedule.cosine(1000), steps=10, prediction="v")
+        >>> sampler.sample(lambda x, t: torch.zeros_like(x), (2, 1, 8, 8)).shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    solver = "ddim"
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        steps: int | None = None,
+        eta: float = 0.0,
+        spacing: Spacing = "leading",
+        prediction: str = "eps",
+        clip: float | None = None,
+        *,
+        offset: int = 0,
+        keep_eps: bool = False,
+        classifier_scale: float = 0.0,
+    ) -> None:
+        timesteps = _timesteps(schedule, steps, spacing, offset, 50)
+        self._build(
+            schedule, timesteps, eta=eta, prediction=prediction, clip=clip, keep_eps=keep_eps,
+            classifier_scale=classifier_scale,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def invert(self, model: Model, x0: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Encode clean data as the noise it comes from: the deterministic ODE, backwards.
+
+        x0: float32 [B, C, ...]. `sample(model, x_T=invert(model, x0), ...)` with eta = 0 comes
+        back to x0, to first order in the step (Song et al. 2021, section 5.4).
+        """
+        errors.is_tensor("x0", x0)
+        errors.has_dtype("x0", x0, (torch.float32,))
+        given = {k: v for k, v in self.options.items() if k in ("prediction", "clip")}
+        table = tables.ddim_inverse(self.schedule, self.timesteps, **given)
+        rollout = Rollout(table, model, x0.clone(), cond=cond)
+        for i in range(len(table)):
+            rollout.run(i)
+        return rollout.x / self.table.init
+
+
+class DDPMSampler(_Scheduled):
+    """Ancestral sampling (Ho et al. 2020), on any timesteps (Nichol & Dhariwal 2021).
+
+    variance: "small" (beta~), "large" (beta) or "learned_range" (the model's extra channels).
+    steps: all of the schedule's where the spacing implies no number. Others as `DDIMSampler`.
+    """
+
+    solver = "ddpm"
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        steps: int | None = None,
+        variance: str = "small",
+        spacing: Spacing = "leading",
+        prediction: str = "eps",
+        clip: float | None = None,
+        *,
+        offset: int = 0,
+        classifier_scale: float = 0.0,
+    ) -> None:
+        timesteps = _timesteps(schedule, steps, spacing, offset, len(schedule))
+        self._build(
+            schedule, timesteps, variance=variance, prediction=prediction, clip=clip,
+            classifier_scale=classifier_scale,
+        )  # fmt: skip
+
+
+class DPMSolverSampler(_Scheduled):
+    """DPM-Solver++ 2M (Lu et al. 2022): second order at one evaluation a step.
+
+    eta: 0 is the ODE, 1 the SDE variant. steps: 20 where the spacing implies no number. Others as
+    `DDIMSampler`.
+    """
+
+    solver = "dpmpp_2m"
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        steps: int | None = None,
+        eta: float = 0.0,
+        spacing: Spacing = "trailing",
+        prediction: str = "eps",
+        clip: float | None = None,
+        *,
+        offset: int = 0,
+    ) -> None:
+        timesteps = _timesteps(schedule, steps, spacing, offset, 20)
+        self._build(schedule, timesteps, eta=eta, prediction=prediction, clip=clip)
+
+
+class HeunSampler(_Scheduled):
+    """Heun's method with churn (Karras et al. 2022, Algorithm 2): two evaluations a step.
+
+    S_churn, S_tmin, S_tmax, S_noise: the paper's. steps: 18 where the spacing implies no number.
+    The state is x / alpha. Others as `DDIMSampler`.
+    """
+
+    solver = "heun"
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        steps: int | None = None,
+        spacing: Spacing = "trailing",
+        prediction: str = "eps",
+        clip: float | None = None,
+        *,
+        offset: int = 0,
+        S_churn: float = 0.0,
+        S_tmin: float = 0.0,
+        S_tmax: float = float("inf"),
+        S_noise: float = 1.0,
+    ) -> None:
+        timesteps = _timesteps(schedule, steps, spacing, offset, 18)
+        self._build(
+            schedule, timesteps, prediction=prediction, clip=clip,
+            S_churn=S_churn, S_tmin=S_tmin, S_tmax=S_tmax, S_noise=S_noise,
+        )  # fmt: skip
+
+
+class LangevinSampler(_Scheduled):
+    """Annealed Langevin dynamics (Song & Ermon 2019): `inner` rows at each noise level.
+
+    step_size: the paper's, at the last level. denoise: end with predicted x0. steps: all of the
+    schedule's levels where the spacing implies no number.
+    """
+
+    solver = "langevin"
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        steps: int | None = None,
+        spacing: Spacing = "leading",
+        prediction: str = "score",
+        clip: float | None = None,
+        *,
+        offset: int = 0,
+        inner: int = 100,
+        step_size: float = 2e-5,
+        denoise: bool = True,
+    ) -> None:
+        timesteps = _timesteps(schedule, steps, spacing, offset, len(schedule))
+        self._build(
+            schedule, timesteps, prediction=prediction, clip=clip, inner=inner,
+            step_size=step_size, denoise=denoise,
+        )  # fmt: skip

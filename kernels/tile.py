@@ -1,0 +1,49 @@
+"""The device's side of a launch: which elements a program handles, and where they lie."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile(shape, BLOCK: tl.constexpr):
+    """This program's sample, and its elements: the first, as int64, and which of BLOCK exist."""
+    count = shape[0]
+    blocks = tl.cdiv(count, BLOCK)
+    program = tl.program_id(0)
+    start = (program % blocks).to(tl.int64) * BLOCK
+    live = tl.arange(0, BLOCK) < count - start
+    return (program // blocks).to(tl.int64), (start, live)
+
+
+@triton.jit
+def address(operand, sample, elements, shape):
+    """Pointers to a tile of an operand (tensor, four strides), counted in logical order.
+
+    shape is (elements of a sample,) where each sample is one run of memory, else with d2 and d3.
+    """
+    pointer, s0, s1, s2, s3 = operand
+    start, live = elements
+    lane = tl.arange(0, live.shape[0])
+    if len(shape) == 1:
+        inner = start + lane
+    else:
+        count, d2, d3 = shape
+        index = (start + lane).to(count.dtype)  # a 64-bit division costs many times as much
+        rest = index // d3
+        i3 = (index % d3).to(tl.int64)
+        i2 = (rest % d2).to(tl.int64)
+        i1 = (rest // d2).to(tl.int64)
+        inner = i1 * s1 + i2 * s2 + i3 * s3
+    return pointer + sample * s0 + inner
+
+
+@triton.jit
+def load(operand, sample, elements, shape):
+    """A tile of an operand as float32."""
+    return tl.load(address(operand, sample, elements, shape), elements[1]).to(tl.float32)
+
+
+@triton.jit
+def store(operand, sample, elements, shape, value):
+    """Write a float32 tile, rounded to the operand's dtype."""
+    tl.store(address(operand, sample, elements, shape), value, elements[1])

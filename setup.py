@@ -1,0 +1,46 @@
+"""The parts of packaging that pyproject.toml cannot say: C++ through ninja, and the kernels folder.
+
+Without a C++ compiler the package installs without its kernels and runs on plain PyTorch.
+"""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import build
+
+
+class NinjaBuild(build_ext):
+    """Builds each extension with csrc/build.py."""
+
+    def build_extension(self, extension: Extension) -> None:
+        import pybind11
+
+        name = extension.name.rpartition(".")[2]
+        folder = Path("build", f"ninja-{sys.implementation.cache_tag}", name)
+        includes = [sysconfig.get_path("include"), pybind11.get_include()]
+        build.extension(name, Path(self.get_ext_fullpath(extension.name)), folder, includes)
+
+
+extensions = []
+if build.compiler() is None:
+    print("fastdiff: no C++ compiler found, installing without kernels", file=sys.stderr)
+else:
+    extensions.append(Extension("fastdiff._C", ["csrc/bind.cpp"]))
+    if build.cuda_compiler():
+        extensions.append(Extension("fastdiff._cuda", ["csrc/bind.cpp"]))
+
+packages = ["fastdiff", "fastdiff.kernels"]
+packages += [f"fastdiff.{init.parent.name}" for init in sorted(Path("fastdiff").glob("*/*.py"))]
+
+setup(
+    packages=sorted(set(packages)),
+    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
+    package_data={"fastdiff": ["assets/**"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -1,0 +1,187 @@
+"""Checkpoints: what is saved comes back, and nothing damaged loads."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fastdiff import checkpoint
+from fastdiff.checkpoint import load, save
+from fastdiff.models import UNet, UNetConfig
+from fastdiff.schedule import NoiseSchedule
+
+CONFIG = UNetConfig(
+    image_size=8,
+    in_channels=1,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    num_classes=3,
+    norm_groups=4,
+)
+SCHEDULE = NoiseSchedule.cosine(100)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = UNet(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path, model):
+    save(tmp_path / "run", model, SCHEDULE, "v", ("a", "b", "c"), {"step": 7})
+    return tmp_path / "run"
+
+
+def test_comes_back_whole(folder, model):
+    back = load(folder)
+    assert not back.training and back.config == CONFIG
+    assert back.schedule == SCHEDULE and back.prediction == "v"
+    assert back.class_names == ("a", "b", "c")
+    x, t, cond = torch.randn(2, 1, 8, 8), torch.tensor([0, 99]), torch.tensor([2, -1])
+    with torch.inference_mode():
+        assert torch.equal(back(x, t, cond), model.eval()(x, t, cond))
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((folder / "config.json").read_text())["training"] == {"step": 7}
+
+
+def test_a_file_carries_its_own_configuration(tmp_path, model):
+    path = save(tmp_path / "deep" / "a.safetensors", model, SCHEDULE, "eps")
+    save(tmp_path / "deep" / "b.safetensors", model, SCHEDULE, "v")
+    assert path == tmp_path / "deep" / "a.safetensors"
+    assert load(path).prediction == "eps"
+    assert load(str(tmp_path / "deep" / "b.safetensors")).prediction == "v"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_storage_loads_as_fp32(tmp_path, model, dtype):
+    path = save(tmp_path, model, SCHEDULE, "v", dtype=dtype)
+    with safe_open(path, framework="pt") as file:
+        assert file.get_tensor("out.2.weight").dtype == getattr(torch, dtype)
+    back = load(tmp_path)
+    for name, value in model.state_dict().items():
+        assert back.state_dict()[name].dtype == torch.float32
+        assert torch.equal(back.state_dict()[name], value.to(getattr(torch, dtype)).float())
+
+
+def test_layout_in_memory_does_not_matter(tmp_path, model):
+    save(tmp_path, model.to(memory_format=torch.channels_last), SCHEDULE, "v")
+    for name, value in load(tmp_path).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_overwriting_is_whole_or_not_at_all(folder, model, monkeypatch):
+    before = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        save(folder, UNet(CONFIG), SCHEDULE, "v")
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert len(list(folder.iterdir())) == 2  # no temporary file stays
+
+
+def test_shipped_names_are_found(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(checkpoint, "ASSETS", tmp_path)
+    monkeypatch.chdir("/")
+    save(tmp_path / "shoes", model, SCHEDULE, "v")
+    assert load("shoes").schedule == SCHEDULE
+    with pytest.raises(FileNotFoundError, match=r"hats: no such checkpoint.*shipped name: shoes"):
+        load("hats")
+
+
+@pytest.mark.parametrize("part", ["config.json", "model.safetensors"])
+def test_missing_parts_are_named(folder, part):
+    (folder / part).unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / part}: missing")):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-1],
+        lambda raw: raw[:100],
+        lambda raw: b"",
+        lambda raw: b"\x80\x04" + raw[2:],  # a pickle's first bytes
+        lambda raw: raw + b"x",
+    ],
+)
+def test_damaged_weights_are_named(folder, damage):
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: truncated, or no safetensors")):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("out.2.bias"), "1 tensors missing: out.2.bias"),
+        (lambda t: t.update(extra=torch.zeros(1)), "1 tensors unexpected: extra"),
+        (
+            lambda t: t.update({"out.2.bias": torch.zeros(2)}),
+            "1 tensors of another shape: out.2.bias (2,) (must be (1,))",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, change, message):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(
+        ValueError, match=re.escape(f"{path}: does not fit its configuration; {message}")
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("schedule"), "lacks 'schedule'"),
+        (lambda r: r.update(prediction="noise"), "prediction='noise'"),
+        (lambda r: r["model"].update(depth=3), "has no fields ['depth']"),
+        (lambda r: r["model"].update(channels="8"), "channels='8': must be int"),
+        (lambda r: r["schedule"].update(name="sine"), "name='sine'"),
+    ],
+)
+def test_bad_configurations_are_named(folder, change, message):
+    path = folder / "config.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ") + ".*" + re.escape(message)):
+        load(folder)
+
+
+def test_text_that_is_not_a_configuration_is_named(folder):
+    path = folder / "config.json"
+    for text in ("{", "[]", "3"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(f"{path}: ")):
+            load(folder)
+
+
+def test_bad_arguments_are_refused_before_writing(tmp_path, model):
+    with pytest.raises(ValueError, match="prediction='noise'"):
+        save(tmp_path / "a", model, SCHEDULE, "noise")
+    with pytest.raises(ValueError, match="dtype='int8': must be one of 'float32'"):
+        save(tmp_path / "a", model, SCHEDULE, "v", dtype="int8")
+    assert not (tmp_path / "a").exists()
+
+
+def test_another_size_does_not_fit(folder):
+    path = folder / "config.json"
+    record = json.loads(path.read_text())
+    record["model"] = dataclasses.replace(CONFIG, channels=16).to_json()
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="tensors of another shape"):
+        load(folder)

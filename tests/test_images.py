@@ -1,0 +1,56 @@
+"""Grids and animations, read back from their files."""
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdiff.images import grid, save_animation, to_uint8
+
+
+def test_levels_are_rounded_and_clamped():
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 1.0, 7.0]).view(1, 1, 1, -1)
+    assert to_uint8(x).flatten().tolist() == [0, 0, 0, 128, 255, 255]
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_uint8(every.float() / 127.5 - 1), every)
+
+
+def test_grid_places_images_row_by_row(tmp_path):
+    x = torch.linspace(-1, 0.9, 5).view(5, 1, 1, 1).expand(5, 1, 3, 4)
+    grid(x, columns=3, gap=2).save(tmp_path / "grid.png")
+    picture = Image.open(tmp_path / "grid.png")
+    assert picture.size == (3 * 4 + 2 * 2, 2 * 3 + 2) and picture.mode == "L"
+    levels = to_uint8(x)[:, 0, 0, 0].tolist()
+    for k in range(5):
+        assert picture.getpixel((k % 3 * 6, k // 3 * 5)) == levels[k]
+    assert picture.getpixel((4, 0)) == picture.getpixel((12, 5)) == 255  # gap and empty place
+
+
+def test_grid_of_colours_is_near_a_square():
+    red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(7, 3, 2, 2)
+    picture = grid(red, gap=0)
+    assert picture.size == (6, 6) and picture.getpixel((5, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("ending", ["gif", "png", "webp"])
+def test_animation(tmp_path, ending):
+    frames = [grid(torch.full((1, 1, 8, 8), level)) for level in (-1.0, 0.0, 1.0)]
+    save_animation(frames, tmp_path / f"a.{ending}", seconds=0.3, hold=1.0)
+    with Image.open(tmp_path / f"a.{ending}") as movie:
+        assert movie.n_frames == 3
+        movie.seek(2)
+        movie.load()
+        assert movie.info["duration"] == pytest.approx(1100, abs=1)
+        assert movie.convert("L").getpixel((4, 4)) > 250
+
+
+def test_bad_input_is_refused(tmp_path):
+    for shape in ((1, 2, 4, 4), (1, 4, 4), (0, 1, 4, 4)):
+        with pytest.raises(ValueError, match=r"x of shape"):
+            grid(torch.zeros(shape))
+    with pytest.raises(ValueError, match="columns=0"):
+        grid(torch.zeros(1, 1, 4, 4), columns=0)
+    frame = grid(torch.zeros(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="frames: is empty"):
+        save_animation([], tmp_path / "a.gif")
+    with pytest.raises(ValueError, match=r"a\.avi"):
+        save_animation([frame], tmp_path / "a.avi")

@@ -1,0 +1,253 @@
+"""Every case of every op on the CPU: right by the 2x rule, registered right, compilable.
+
+The rule: a kernel's error against float64 is at most twice that of the reference run in the
+op's own precision, plus a hundredth of the output dtype's resolution.
+"""
+
+import pytest
+import torch
+
+import fastdiff
+from fastdiff.op import missing
+from fastdiff.ops import OPS
+
+CASES = [
+    pytest.param(op, case, id=f"{op.name}-{case.name}")
+    for op in OPS.values()
+    for case in op.cases()
+    if not case.large
+]
+BACKENDS = ["reference"] + [name for name in ("cpp",) if not missing(name)]
+
+
+def as_list(out):
+    return [out] if isinstance(out, torch.Tensor) else list(out)
+
+
+def exact(op, inputs):
+    """The outputs in float64: floating inputs promoted, so only the op's own rounding is left."""
+    wide = [
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in inputs
+    ]
+    return [out for out in op.reference(*wide) if out is not None]
+
+
+def resolution(out):
+    return torch.finfo(out.dtype).eps if out.is_floating_point() else 0.0
+
+
+def poisoned(op, inputs):
+    """Outputs full of NaN, so that an element that is not written shows."""
+    outputs = op.allocate(*inputs)
+    for out in outputs:
+        if out is not None and out.is_floating_point():
+            out.fill_(torch.nan)
+    return outputs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op, case", CASES)
+def test_error_is_at_most_twice_that_of_torch(op, case, backend):
+    inputs = case.inputs("cpu")
+    outputs = poisoned(op, inputs)
+    names = [name.rstrip("?") for name in op.outputs]
+    with fastdiff.backend(backend):
+        op.write(*inputs, **dict(zip(names, outputs, strict=True)))
+    ours = [out for out in outputs if out is not None]
+    theirs = [out for out in op.reference(*inputs) if out is not None]
+    for out, torch_out, truth in zip(ours, theirs, exact(op, inputs), strict=True):
+        assert out.shape == truth.shape
+        if not out.is_floating_point():
+            assert torch.equal(out.long(), truth.long())
+            continue
+        error = (out.double() - truth.double()).abs()
+        allowed = 2 * (torch_out.double() - truth.double()).abs().max() if error.numel() else 0
+        scale = 1 + truth.double().abs()
+        assert bool((error <= allowed + 2 * resolution(out) * scale).all())
+
+
+@pytest.mark.parametrize("op, case", CASES)
+def test_functional_form_gives_what_the_out_form_writes(op, case):
+    inputs = case.inputs("cpu")
+    outputs = poisoned(op, inputs)
+    names = [name.rstrip("?") for name in op.outputs]
+    op.write(*inputs, **dict(zip(names, outputs, strict=True)))
+    written = [out for out in outputs if out is not None]
+    for a, b in zip(as_list(op.call(*inputs)), written, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op, case", CASES)
+def test_opcheck(op, case):
+    inputs = case.inputs("cpu")
+    torch.library.opcheck(op.call, inputs)
+    names = [name.rstrip("?") for name in op.outputs]
+    outputs = dict(zip(names, op.allocate(*inputs), strict=True))
+    torch.library.opcheck(op.write, inputs, outputs, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", list(OPS))
+def test_compiles_as_one_graph(name):
+    op = OPS[name]
+    inputs = next(case for case in op.cases() if not case.large).inputs("cpu")
+    compiled = torch.compile(lambda *args: op.call(*args), fullgraph=True, backend="aot_eager")
+    for a, b in zip(as_list(compiled(*inputs)), as_list(op.call(*inputs)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_public_calls_compile_as_one_graph():
+    schedule = fastdiff.NoiseSchedule.cosine(100)
+    x0, noise, t = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([3, 50])
+
+    def loss(x0, noise, t):
+        x_t, target = fastdiff.ops.noising(x0, t, schedule, "v", noise=noise)
+        return fastdiff.ops.cfg(x_t, target, 1.5).square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x0, noise, t), loss(x0, noise, t))
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_cfg_gradient_is_that_of_its_formula(each):
+    c, u = (torch.randn(3, 5, dtype=torch.float32, requires_grad=True) for _ in range(2))
+    w = torch.tensor([0.5, -1.0, 7.0], requires_grad=True) if each else 1.5
+    out = fastdiff.ops.cfg(c, u, w)
+    ours = torch.autograd.grad(out.sin().sum(), [c, u] + ([w] if each else []))
+    scale = w[:, None] if each else w
+    formula = (scale + 1) * c - scale * u
+    theirs = torch.autograd.grad(formula.sin().sum(), [c, u] + ([w] if each else []))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "score"])
+def test_noising_gradient_and_values_are_those_of_the_formula(prediction):
+    schedule = fastdiff.NoiseSchedule.cosine(50)
+    x0, z = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+    t = torch.tensor([0, 10, 30, 49])
+    alpha = torch.tensor(schedule.alpha[t], dtype=torch.float32)[:, None]
+    sigma = torch.tensor(schedule.sigma[t], dtype=torch.float32)[:, None]
+    target = {"eps": z, "x0": x0, "v": alpha * z - sigma * x0, "score": -z / sigma}[prediction]
+    theirs = (alpha * x0 + sigma * z, target)
+    ours = fastdiff.ops.noising(x0, t, schedule, prediction, noise=z)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+    def gradients(outs):
+        mixed = sum((out / out.detach().abs().max()).sin().sum() for out in outs)
+        return torch.autograd.grad(mixed, (x0, z), allow_unused=True)
+
+    for a, b in zip(gradients(ours), gradients(theirs), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_noising_keeps_the_noise_at_small_t():
+    """diffusers casts alphabar to bfloat16 first, where 1 - alphabar is 0 at the smallest t."""
+    schedule = fastdiff.NoiseSchedule.linear(1000)
+    x0 = torch.zeros(1, 4096, dtype=torch.bfloat16)
+    x_t, _ = fastdiff.ops.noising(x0, torch.tensor([0]), schedule, "eps", seed=0)
+    assert x_t.float().std().item() == pytest.approx(schedule.sigma[0], rel=0.05)
+
+
+# noise
+
+
+def test_philox_gives_the_published_words():
+    """Known answers of Philox-4x32-10 from Random123 (Salmon et al. 2011)."""
+    philox = fastdiff.ops.randn.__globals__["philox"]
+    zeros = philox(torch.zeros(1, 2, dtype=torch.int64), 0, 4)[0].tolist()
+    assert zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_samples_noise_does_not_depend_on_its_batch(backend):
+    with fastdiff.backend(backend):
+        whole = fastdiff.ops.randn((6, 3, 37), seed=9)
+        assert torch.equal(whole[4:], fastdiff.ops.randn((2, 3, 37), seed=9, first_index=4))
+        assert torch.equal(whole[:1], fastdiff.ops.randn((1, 3, 37), seed=[9]))
+        each = fastdiff.ops.randn((2, 3, 37), seed=[4, 9])
+        assert torch.equal(each[1:], whole[:1])
+        assert not torch.equal(whole, fastdiff.ops.randn((6, 3, 37), seed=9, row=0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_normals_have_the_normal_distribution(backend):
+    with fastdiff.backend(backend):
+        z = fastdiff.ops.randn((64, 1 << 14), seed=3).double().flatten()
+    assert abs(z.mean()) < 5 / z.numel() ** 0.5
+    assert abs(z.var() - 1) < 5 * (2 / z.numel()) ** 0.5
+    grid = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    empirical = (z[:, None] < grid).double().mean(0)
+    exact_cdf = torch.special.ndtr(grid)
+    assert (empirical - exact_cdf).abs().max() < 2.2 / z.numel() ** 0.5
+
+
+def test_noise_inside_a_step_is_that_of_randn():
+    op = OPS["step"]
+    case = next(case for case in op.cases() if case.name == "ddpm")
+    x, m, table, row, m_u, v, g, h, z, streams, copies = case.inputs("cpu")
+    inside = op.call(x, m, table, row, m_u, v, g, h, None, streams, copies)[0]
+    z = OPS["randn"].call(x.shape, streams, int(row), False)
+    given = op.call(x, m, table, row, m_u, v, g, h, z, None, copies)[0]
+    assert torch.allclose(inside, given, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_in_place_is_the_step():
+    op = OPS["step"]
+    inputs = next(case for case in op.cases() if case.name == "everything").inputs("cpu")
+    expected = op.call(*inputs)
+    x, h = inputs[0], inputs[7]
+    model_input = torch.empty_like(expected[2])
+    op.write(*inputs, x_next=x, h_next=h, model_input=model_input)
+    for a, b in zip((x, h, model_input), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_clamp_passes_nan_on():
+    op = OPS["step"]
+    x, m, *rest = next(case for case in op.cases() if case.name == "ddim").inputs("cpu")
+    m[0, 0, 0, 0] = torch.nan
+    out = op.call(x, m, *rest)[0]
+    assert torch.isnan(out[0, 0, 0, 0]) and int(torch.isnan(out).sum()) == 1
+
+
+# bad input: one message each, naming the argument
+
+x, table, row = torch.zeros(2, 3, 4), torch.zeros(5, 15), torch.tensor(0)
+schedule = fastdiff.NoiseSchedule.cosine(10)
+t = torch.tensor([0, 9])
+BAD = {
+    "m: has shape": lambda: fastdiff.ops.step(x, x[:1], table, row),
+    "m: has dtype": lambda: fastdiff.ops.step(x, x.double(), table, row),
+    "x: has dtype": lambda: fastdiff.ops.step(x.half(), x, table, row),
+    "x: must be a torch.Tensor": lambda: fastdiff.ops.step([1.0], x, table, row),
+    "table: has shape": lambda: fastdiff.ops.step(x, x, table[:, :3], row),
+    "row=5": lambda: fastdiff.ops.step(x, x, table, torch.tensor(5)),
+    "row: has 2 elements": lambda: fastdiff.ops.step(x, x, table, torch.tensor([0, 1])),
+    "h: has shape": lambda: fastdiff.ops.step(x, x, table, row, h=x[:, :1]),
+    "m_u: has dtype": lambda: fastdiff.ops.step(x, x, table, row, m_u=x.half()),
+    "streams: has shape": lambda: fastdiff.ops.step(x, x, table, row, streams=row.reshape(1, 1)),
+    "m: is on meta": lambda: fastdiff.ops.step(x, x.to("meta"), table, row),
+    "x0: has dtype": lambda: fastdiff.ops.noising(x.double(), t, schedule),
+    "t: has shape": lambda: fastdiff.ops.noising(x, t[:1], schedule),
+    "t: has dtype": lambda: fastdiff.ops.noising(x, t.float(), schedule),
+    "t: spans 0 to 10": lambda: fastdiff.ops.noising(x, t + t // 9, schedule),
+    "prediction='noise'": lambda: fastdiff.ops.noising(x, t, schedule, "noise"),
+    "noise: has dtype": lambda: fastdiff.ops.noising(x, t, schedule, noise=x.half()),
+    "seed: was given": lambda: fastdiff.ops.noising(x, t, schedule, noise=x, seed=1),
+    "m_uncond: has shape": lambda: fastdiff.ops.cfg(x, x[:1], 1.0),
+    "w: has shape": lambda: fastdiff.ops.cfg(x, x, torch.ones(3)),
+    "w: has dtype": lambda: fastdiff.ops.cfg(x, x, torch.ones(2).long()),
+    "seed=-1": lambda: fastdiff.ops.randn((2, 3), seed=-1),
+    "seed: has 3 entries": lambda: fastdiff.ops.randn((2, 3), seed=[1, 2, 3]),
+    "shape=": lambda: fastdiff.ops.randn((2, -3)),
+    "row=-2": lambda: fastdiff.ops.randn((2, 3), row=-2),
+    "backend='gpu'": lambda: fastdiff.backend("gpu").__enter__(),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        BAD[message]()
+    assert str(caught.value).startswith(message)

@@ -1,0 +1,310 @@
+"""The trainer: it learns, resumes bit for bit, and stops well."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdiff import cli
+from fastdiff.checkpoint import load
+from fastdiff.data import ImageSet, fashion_mnist
+from fastdiff.models import UNet, UNetConfig
+from fastdiff.schedule import NoiseSchedule
+from fastdiff.train import TrainConfig, Trainer
+
+SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
+RECIPE = Path(__file__).parents[1] / "recipes" / "fashion-mnist.json"
+TINY = UNetConfig(
+    image_size=32,
+    in_channels=1,
+    channels=8,
+    channel_mult=(1, 1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(8,),
+    dropout=0.1,
+    num_classes=10,
+    norm_groups=4,
+)
+CONFIG = TrainConfig(steps=8, batch_size=4, lr=1e-3, warmup=2, decay="cosine", save_every=3, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trainer(out, config=CONFIG, model=TINY):
+    torch.manual_seed(0)
+    return Trainer(UNet(model), NoiseSchedule.cosine(100), fashion_mnist(SAMPLE), config, out)
+
+
+def states(run):
+    parts = {"model": run.model.state_dict(), "ema": run.ema.state_dict()}
+    parts["moments"] = {
+        f"{k}.{m}": v
+        for k, p in run.model.named_parameters()
+        for m, v in run.optimizer.state[p].items()
+    }
+    return {f"{part}.{k}": v for part, state in parts.items() for k, v in state.items()}
+
+
+def stop_after(run, step):
+    """Have the run interrupted, as by Ctrl-C, while it makes its `step`-th step."""
+    loss = run.loss
+
+    def interrupting(*args, **kwargs):
+        if run.step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*args, **kwargs)
+
+    run.loss = interrupting
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"bf16": True, "channels_last": True}], ids=["fp32", "bf16-channels-last"]
+)
+def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, change):
+    config = dataclasses.replace(CONFIG, **change)
+    whole = trainer(tmp_path / "whole", config)
+    whole.fit(progress=False)
+
+    first = trainer(tmp_path / "parts", config)
+    stop_after(first, 5)
+    first.fit(progress=False)
+    assert first.step == 5
+    torch.manual_seed(99)  # what the new process draws elsewhere must not matter
+    second = trainer(tmp_path / "parts", config)
+    second.fit(resume=True, progress=False)
+
+    assert second.step == whole.step == 8
+    expected, resumed = states(whole), states(second)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[k], resumed[k]) for k in expected)
+
+
+def test_learns_to_predict_a_single_image(tmp_path):
+    data = fashion_mnist(SAMPLE)
+    data = ImageSet(data.images[:1], data.labels[:1])
+    config = TrainConfig(steps=120, batch_size=8, lr=3e-3, warmup=10, ema=0.9, save_every=0)
+    torch.manual_seed(0)
+    run = Trainer(UNet(TINY), NoiseSchedule.cosine(100), data, config, tmp_path)
+    run.fit(progress=False)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+
+
+def test_average_follows_its_formula(tmp_path):
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, ema=0.3))
+    name = "out.2.weight"
+    average = run.model.state_dict()[name].double().clone()
+    for step in range(4):
+        run._train_step()
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * run.model.state_dict()[name].double()
+    torch.testing.assert_close(run.ema.state_dict()[name].double(), average, rtol=1e-5, atol=1e-7)
+    assert average.abs().max() > 0
+
+
+def test_leaves_a_checkpoint_metrics_and_a_sample_grid(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=12, sample_every=10, sample_steps=2)
+    ema = trainer(tmp_path, config).fit(progress=False)
+    names = {"config.json", "metrics.jsonl", "model.safetensors", "state.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"samples-000010.png"}
+    model = load(tmp_path)
+    assert model.class_names[9] == "Ankle boot" and model.prediction == "v"
+    assert all(torch.equal(v, ema.state_dict()[k]) for k, v in model.state_dict().items())
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").open())
+    assert line["step"] == 10 and line["loss"] > 0 and line["images_per_s"] > 0
+    recorded = json.loads((tmp_path / "config.json").read_text())["training"]
+    assert TrainConfig.from_json(recorded["config"]) == config and recorded["step"] == 12
+
+
+def test_metrics_after_the_last_save_are_replaced(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=20)
+    run = trainer(tmp_path, config)
+    stop_after(run, 15)
+    run.fit(progress=False)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 20, "loss": 1.0}\n')  # as a run that was killed would leave it
+    trainer(tmp_path, config).fit(resume=True, progress=False)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert steps == [10, 20]
+
+
+def test_a_run_is_not_started_over_nor_resumed_from_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        trainer(tmp_path).fit(resume=True)
+    trainer(tmp_path, dataclasses.replace(CONFIG, steps=1)).fit(progress=False)
+    with pytest.raises(FileExistsError, match="already holds a run; resume it"):
+        trainer(tmp_path).fit()
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=re.escape(f"{state}: truncated")):
+        trainer(tmp_path).fit(resume=True)
+
+
+def test_a_run_of_another_model_is_not_resumed(tmp_path):
+    trainer(tmp_path, dataclasses.replace(CONFIG, steps=1)).fit(progress=False)
+    with pytest.raises(ValueError, match="does not fit its configuration"):
+        trainer(tmp_path, model=dataclasses.replace(TINY, channels=16)).fit(resume=True)
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_non_finite_numbers_stop_and_keep_the_last_state(tmp_path, broken):
+    run = trainer(tmp_path)
+    loss = run.loss
+
+    def breaking(*args, **kwargs):
+        value = loss(*args, **kwargs)
+        if run.step < 4:
+            return value
+        # sqrt at 0 has a finite value and an infinite slope
+        return value * math.nan if broken == "loss" else value + (value - value.detach()).sqrt()
+
+    run.loss = breaking
+    with pytest.raises(FloatingPointError, match=r"step 4: loss .* resume it with a smaller lr"):
+        run.fit(progress=False)
+    assert all(p.isfinite().all() for p in run.model.parameters())
+    again = trainer(tmp_path)
+    again.fit(resume=True, progress=False)
+    assert again.step == 8
+
+
+def test_labels_are_dropped_at_the_rate_asked_for(tmp_path):
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, label_dropout=0.1))
+    labels = torch.arange(10).repeat(1000)
+    torch.manual_seed(0)
+    kept = run._drop_labels(labels)
+    dropped = kept == -1
+    assert dropped.float().mean() == pytest.approx(0.1, abs=4 * (0.09 / 10_000) ** 0.5)
+    assert torch.equal(kept[~dropped], labels[~dropped])
+
+
+def test_noise_and_data_are_functions_of_seed_and_step(tmp_path):
+    def step_four(seed):
+        run = trainer(tmp_path, dataclasses.replace(CONFIG, seed=seed))
+        run.step = 4
+        return run._train_step()
+
+    assert step_four(1) == step_four(1) != step_four(2)
+
+
+def test_the_callers_random_numbers_are_left_alone(tmp_path):
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, steps=2))
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    run.fit(progress=False)
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("constant", {0: 0.25, 3: 1, 52: 1, 99: 1}),
+        ("linear", {0: 0.25, 3: 1, 4: 1, 52: 0.5, 76: 0.25}),
+        ("cosine", {0: 0.25, 4: 1, 52: 0.5, 28: (1 + math.sqrt(0.5)) / 2}),
+        ("cooldown", {0: 0.25, 4: 1, 52: 1, 71: 1, 76: 0.25 / 0.3}),
+    ],
+)
+def test_learning_rate(decay, expected):
+    config = TrainConfig(steps=100, lr=2e-3, warmup=4, decay=decay)
+    for step, factor in expected.items():
+        assert config.learning_rate(step) == pytest.approx(2e-3 * factor)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps=0: must be 1 or more"),
+        ({"steps": 1.5}, TypeError, "steps=1.5: must be int"),
+        ({"lr": 0.0}, ValueError, "lr=0.0"),
+        ({"lr": math.nan}, ValueError, "lr=nan"),
+        ({"ema": 1.0}, ValueError, r"ema=1.0: must be in \[0, 1\)"),
+        ({"decay": "step"}, ValueError, "decay='step': must be one of 'constant'"),
+        ({"prediction": "noise"}, ValueError, "prediction='noise'"),
+        ({"weighting": "snr"}, ValueError, "weighting='snr'"),
+        ({"save_every": -1}, ValueError, "save_every=-1"),
+    ],
+)
+def test_bad_configurations_are_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
+    data, schedule = fashion_mnist(SAMPLE), NoiseSchedule.cosine(10)
+    for change, message in (
+        ({"in_channels": 3}, r"data with images \(1, 32, 32\): the model takes \(3, 32, 32\)"),
+        ({"num_classes": 5}, "data with label 9: the model has 5 classes"),
+        ({"learned_variance": True}, "learned_variance"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(UNet(dataclasses.replace(TINY, **change)), schedule, data, CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="data without labels"):
+        Trainer(UNet(TINY), schedule, ImageSet(data.images), CONFIG, tmp_path)
+
+
+def recipe(tmp_path, **change):
+    parts = {
+        "model": TINY.to_json(),
+        "schedule": {"name": "cosine", "T": 100},
+        "data": {"name": "fashion-mnist"},
+        "train": {"steps": 3, "batch_size": 4},
+        **change,
+    }
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(parts))
+    return path
+
+
+def command(path, out, *flags):
+    data = ("--data", str(SAMPLE)) if "--data" not in flags else ()
+    return cli.main(["train", "--config", str(path), "--out", str(out), *data, *flags])
+
+
+def test_command_trains_and_resumes(tmp_path, capfd):
+    path, out = recipe(tmp_path), tmp_path / "run"
+    assert command(path, out, "--steps", "2", "--lr", "1e-3", "--bf16") == 0
+    assert "finished at step 2" in capfd.readouterr().out
+    trained = json.loads((out / "config.json").read_text())["training"]["config"]
+    assert (trained["steps"], trained["lr"], trained["bf16"]) == (2, 1e-3, True)
+    assert command(path, out) == 1
+    assert "already holds a run" in capfd.readouterr().err
+    assert command(path, out, "--resume") == 0
+    assert json.loads((out / "config.json").read_text())["training"]["step"] == 3
+
+
+def test_command_refuses_bad_recipes(tmp_path, capfd):
+    for change, message in (
+        ({"extra": {}}, "must have the parts"),
+        ({"train": {"step": 3}}, "has no fields ['step']"),
+        ({"model": {"depth": 3}}, "has no fields ['depth']"),
+        ({"schedule": {"name": "sine"}}, "sine"),
+        ({"data": {"name": "cifar"}}, "must be one of 'fashion-mnist', 'npz'"),
+        ({"data": {"name": "fashion-mnist", "padding": 2}}, "padding"),
+    ):
+        assert command(recipe(tmp_path, **change), tmp_path / "run") == 1
+        assert message in capfd.readouterr().err
+    assert command(tmp_path / "none.json", tmp_path / "run") == 1
+    assert "none.json: no such recipe" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_shipped_recipe_is_one(tmp_path):
+    parts = json.loads(RECIPE.read_text())
+    config = UNetConfig.from_json(parts["model"])
+    with torch.device("meta"):
+        count = sum(p.numel() for p in UNet(config).parameters())
+    assert count <= 6_000_000 and TrainConfig.from_json(parts["train"]).label_dropout == 0.1

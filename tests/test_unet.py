@@ -1,0 +1,358 @@
+"""The U-Net against published parameter counts, diffusers, and its own contract."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdiff.models import UNet, UNetConfig
+from fastdiff.models.blocks import ResBlock
+
+SMALL = UNetConfig(
+    image_size=16,
+    channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(8,),
+    heads=2,
+    num_classes=10,
+    norm_groups=8,
+)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """No zero-initialised layer left, so that every parameter matters."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            scale = 1 / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.2
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def inputs(config: UNetConfig, batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    size = (batch, config.in_channels, config.image_size, config.image_size)
+    t = torch.tensor([0, 431, 999])[:batch]
+    return torch.randn(size, generator=generator), t, torch.tensor([3, -1, 9])[:batch]
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [
+        (UNetConfig.ddpm_cifar10(), 35.746307),  # Ho et al. 2020, "35.7 million"
+        (UNetConfig.adm(64), 296),  # Dhariwal & Nichol 2021, tables 4 and 11
+        (UNetConfig.adm(128), 422),
+        (UNetConfig.adm(256), 554),
+    ],
+)
+def test_published_parameter_counts(config, millions):
+    with torch.device("meta"):
+        count = sum(p.numel() for p in UNet(config).parameters())
+    assert round(count / 1e6, 6 if isinstance(millions, float) else 0) == millions
+
+
+def test_names_are_guided_diffusions():
+    # level, name and shape as in 64x64_diffusion.pt
+    with torch.device("meta"):
+        state = {k: tuple(v.shape) for k, v in UNet(UNetConfig.adm(64)).state_dict().items()}
+    expected = {
+        "time_embed.0.weight": (768, 192),
+        "label_emb.weight": (1000, 768),
+        "input_blocks.0.0.weight": (192, 3, 3, 3),
+        "input_blocks.1.0.in_layers.0.weight": (192,),
+        "input_blocks.1.0.in_layers.2.weight": (192, 192, 3, 3),
+        "input_blocks.1.0.emb_layers.1.weight": (384, 768),
+        "input_blocks.4.0.in_layers.2.weight": (192, 192, 3, 3),
+        "input_blocks.5.0.skip_connection.weight": (384, 192, 1, 1),
+        "input_blocks.5.1.qkv.weight": (1152, 384, 1),
+        "input_blocks.5.1.proj_out.weight": (384, 384, 1),
+        "middle_block.1.norm.weight": (768,),
+        "output_blocks.0.0.in_layers.2.weight": (768, 1536, 3, 3),
+        "output_blocks.3.2.out_layers.3.weight": (768, 768, 3, 3),
+        "output_blocks.15.0.out_layers.0.weight": (192,),
+        "out.0.weight": (192,),
+        "out.2.weight": (6, 192, 3, 3),
+    }
+    assert {k: state.get(k) for k in expected} == expected
+
+
+def diffusers_state(model: UNet, peer: nn.Module) -> dict[str, Tensor]:
+    """Our state under diffusers' names; its stages are walked in the order of ours."""
+    resnet = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    }
+    ours: dict[str, str] = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+    }
+    for side, blocks, sampler in (
+        ("input", peer.down_blocks, "downsamplers"),
+        ("output", peer.up_blocks, "upsamplers"),
+    ):
+        index = 1 if side == "input" else 0
+        for i, block in enumerate(blocks):
+            path = f"{'down' if side == 'input' else 'up'}_blocks.{i}"
+            attends = hasattr(block, "attentions")
+            for j in range(len(block.resnets)):
+                ours[f"{path}.resnets.{j}"] = f"{side}_blocks.{index}.0"
+                if attends:
+                    ours[f"{path}.attentions.{j}"] = f"{side}_blocks.{index}.1"
+                index += 1
+            if getattr(block, sampler, None):
+                # downsampling is a stage of its own, upsampling the end of the last one
+                at = f"{index}.0" if side == "input" else f"{index - 1}.{1 + attends}"
+                index += side == "input"
+                leaf = "" if hasattr(getattr(block, sampler)[0], "norm1") else ".conv"
+                ours[f"{path}.{sampler}.0{leaf}"] = f"{side}_blocks.{at}" + (
+                    leaf and (".op" if side == "input" else ".conv")
+                )
+    state, mapped = model.state_dict(), {}
+    for key, like in peer.state_dict().items():
+        prefix = max((p for p in ours if key.startswith(p + ".")), key=len)
+        rest = key[len(prefix) + 1 :]
+        if match := re.fullmatch(r"to_([qkv])\.(weight|bias)", rest):
+            order = (model.config.heads, 3)
+            part = state[f"{ours[prefix]}.qkv.{match[2]}"].unflatten(0, (*order, -1))
+            value = part[:, "qkv".index(match[1])]
+        else:
+            name = rest.replace("group_norm", "norm").replace("to_out.0", "proj_out")
+            head, _, tail = name.rpartition(".")
+            name = f"{resnet.get(head, head)}.{tail}" if head else tail
+            value = state[f"{ours[prefix]}.{name}"]
+        mapped[key] = value.reshape(like.shape)
+    return mapped
+
+
+PEERS = {
+    "ddpm": (
+        UNetConfig(
+            image_size=16,
+            channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=2,
+            attention_resolutions=(8,),
+            scale_shift=False,
+            norm_eps=1e-6,
+            time_embedding="ddpm",
+            downsample_padding="end",
+        ),
+        {"norm_eps": 1e-6, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1},
+    ),
+    "adm": (
+        UNetConfig(
+            image_size=16,
+            channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=2,
+            attention_resolutions=(8,),
+            heads=2,
+            resblock_updown=True,
+        ),
+        {
+            "norm_eps": 1e-5,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "resnet_time_scale_shift": "scale_shift",
+            "attn_norm_num_groups": 32,
+            "downsample_type": "resnet",
+            "upsample_type": "resnet",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_equals_diffusers(name):
+    diffusers = pytest.importorskip("diffusers")
+    config, options = PEERS[name]
+    down = "ResnetDownsampleBlock2D" if name == "adm" else "DownBlock2D"
+    up = "ResnetUpsampleBlock2D" if name == "adm" else "UpBlock2D"
+    peer = diffusers.UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        down_block_types=(down, "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", up),
+        attention_head_dim=64 // config.heads,
+        **options,
+    ).eval()
+    model = randomised(UNet(config))
+    state = diffusers_state(model, peer)
+    peer.load_state_dict(state)
+    assert sum(v.numel() for v in state.values()) == sum(p.numel() for p in model.parameters())
+    x, t, _ = inputs(config)
+    with torch.inference_mode():
+        expected = peer(x, t).sample
+        torch.testing.assert_close(model(x, t), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1
+
+
+def test_cifar10_count_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        peer = diffusers.UNet2DModel(
+            sample_size=32,
+            block_out_channels=(128, 256, 256, 256),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=None,
+        )
+        ours = UNet(UNetConfig.ddpm_cifar10())
+    count = [sum(p.numel() for p in m.parameters()) for m in (peer, ours)]
+    assert count[0] == count[1] == 35_746_307
+
+
+def test_attention_orders_are_permutations_of_each_other():
+    legacy = randomised(UNet(SMALL))
+    new = UNet(dataclasses.replace(SMALL, attention_order="new")).eval()
+    state = {
+        k: v.unflatten(0, (2, 3, -1)).transpose(0, 1).flatten(0, 2) if ".qkv." in k else v
+        for k, v in legacy.state_dict().items()
+    }
+    new.load_state_dict(state)
+    x, t, cond = inputs(SMALL)
+    with torch.inference_mode():
+        torch.testing.assert_close(new(x, t, cond), legacy(x, t, cond))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention_is_the_textbook_one(heads):
+    from fastdiff.models.blocks import AttentionBlock
+
+    block = randomised(AttentionBlock(32, dataclasses.replace(SMALL, heads=heads))).double()
+    x = torch.randn(2, 32, 3, 5, dtype=torch.float64)
+    qkv = block.qkv(block.norm(x).flatten(2)).reshape(2 * heads, 3, 32 // heads, 15)
+    q, k, v = (part * (32 // heads) ** -0.25 for part in qkv.unbind(1))
+    weights = torch.softmax(q.transpose(1, 2) @ k, dim=-1)
+    h = (v * (32 // heads) ** 0.25) @ weights.transpose(1, 2)
+    expected = x + block.proj_out(h.reshape(2, 32, 15)).reshape(x.shape)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_starts_as_zero_and_blocks_as_the_identity():
+    x, t, cond = inputs(SMALL)
+    assert UNet(SMALL)(x, t, cond).abs().max() == 0
+    h = torch.randn(2, 32, 8, 8)
+    assert torch.equal(ResBlock(32, 32, SMALL)(h, torch.randn(2, 128)), h)
+
+
+def test_rescaled_residual_is_the_plain_one_over_root_two():
+    plain = randomised(ResBlock(32, 64, SMALL))
+    rescaled = ResBlock(32, 64, dataclasses.replace(SMALL, rescale_residual=True)).eval()
+    rescaled.load_state_dict(plain.state_dict())
+    x, emb = torch.randn(2, 32, 8, 8), torch.randn(2, 128)
+    torch.testing.assert_close(rescaled(x, emb), plain(x, emb) / math.sqrt(2))
+
+
+def test_no_class_is_minus_one_and_the_default():
+    model = randomised(UNet(SMALL))
+    x, t, cond = inputs(SMALL)
+    with torch.inference_mode():
+        none = model(x, t)
+        assert torch.equal(model(x, t, model.null_cond(cond)), none)
+        given = model(x, t, cond)
+        assert torch.equal(model.denoise(x, model.embed(t, cond)), given)
+        for k, label in enumerate(cond):
+            assert torch.equal(given[k], none[k]) == (label == -1)
+        torch.testing.assert_close(model(x[1:2], t[1:2], cond[1:2])[0], given[1])
+        assert torch.equal(model(x, t.float(), cond), given)
+
+
+def test_learned_variance_doubles_the_output():
+    config = dataclasses.replace(SMALL, learned_variance=True)
+    x, t, cond = inputs(config)
+    assert config.out_channels == 6
+    assert UNet(config)(x, t, cond).shape == (3, 6, 16, 16)
+
+
+def test_dtypes_layouts_and_compile():
+    model = randomised(UNet(SMALL))
+    x, t, cond = inputs(SMALL)
+    with torch.inference_mode():
+        expected = model(x, t, cond)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, t, cond), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(x, t, cond)
+        model.to(memory_format=torch.channels_last)
+        last = model(x.to(memory_format=torch.channels_last), t, cond)
+        torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-4)
+        low = model.bfloat16()(x.bfloat16(), t, cond)
+    for output in (mixed, low):
+        assert output.dtype == torch.bfloat16
+        assert (output.float() - expected).norm() < 0.03 * expected.norm()
+
+
+def bad_calls():
+    x, t, cond = inputs(SMALL)
+    yield "x of shape", ValueError, (x[0], t, cond)
+    yield "x of shape", ValueError, (x[:, :1], t, cond)
+    yield "divisible by 2", ValueError, (x[..., :15], t, cond)
+    yield "x of dtype", TypeError, (x.half(), t, cond)
+    yield "x on meta", ValueError, (x.to("meta"), t, cond)
+    yield "t of shape", ValueError, (x, t[0], cond)
+    yield "t of dtype", TypeError, (x, t > 0, cond)
+    yield "cond of shape", ValueError, (x, t, cond[:2])
+    yield "cond of dtype", TypeError, (x, t, cond.int())
+    yield "labels -1 .. 10", ValueError, (x, t, cond + torch.tensor([0, 0, 1]))
+    yield "labels -2 .. 9", ValueError, (x, t, cond - torch.tensor([0, 1, 0]))
+
+
+@pytest.mark.parametrize(("message", "error", "arguments"), list(bad_calls()))
+def test_bad_calls_are_refused(message, error, arguments):
+    with pytest.raises(error, match=re.escape(message)):
+        UNet(SMALL)(*arguments)
+
+
+def test_labels_of_an_unconditional_model_are_refused():
+    x, t, cond = inputs(SMALL)
+    with pytest.raises(ValueError, match="unconditional"):
+        UNet(dataclasses.replace(SMALL, num_classes=None))(x, t, cond)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"channels": 0}, ValueError, "channels=0: must be 1 or more"),
+        ({"channels": 33}, ValueError, "must be even"),
+        ({"channels": "32"}, TypeError, "channels='32': must be int"),
+        ({"channel_mult": ()}, ValueError, "channel_mult=()"),
+        ({"channel_mult": [1, 2]}, TypeError, "must be tuple[int, ...]"),
+        ({"image_size": 15}, ValueError, "divisible by 2"),
+        ({"attention_resolutions": (7,)}, ValueError, "[7] must be among"),
+        ({"attention_order": "old"}, ValueError, "attention_order='old'"),
+        ({"heads": 3}, ValueError, "heads=3: must divide the 64 channels"),
+        ({"head_channels": 48}, ValueError, "head_channels=48"),
+        ({"dropout": 1.0}, ValueError, "dropout=1.0"),
+        ({"num_classes": 0}, ValueError, "num_classes=0"),
+        ({"norm_eps": 0.0}, ValueError, "norm_eps=0.0"),
+    ],
+)
+def test_bad_configurations_are_refused(change, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_configuration_survives_json():
+    config = UNetConfig.adm(256)
+    assert UNetConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match=r"no fields \['depth'\]"):
+        UNetConfig.from_json({"depth": 3})
+    with pytest.raises(ValueError, match=r"image_size=32: must be one of 64, 128, 256"):
+        UNetConfig.adm(32)
