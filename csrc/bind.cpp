@@ -8,7 +8,6 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/stream.h"
 
 namespace py = pybind11;
 
@@ -48,13 +47,6 @@ Operand dense(int64_t address, DType dtype, int64_t elements) {
   return {pointer<void>(address), dtype, {elements, 0, 0, 1}};
 }
 
-int64_t bytes_of(const Size& size, std::initializer_list<const Operand*> operands) {
-  int64_t bytes = 0;
-  for (const Operand* o : operands)
-    if (o->data) bytes += size.all() * (o->dtype == DType::f32 ? 4 : 2);
-  return bytes;
-}
-
 // Other Python threads run meanwhile, where that is worth giving the lock away and back.
 class Unlocked {
  public:
@@ -76,9 +68,7 @@ void run_step(const Step& op) {
   check_row(*op.row, op.rows);
   if (op.size.all() == 0) return;
   const Unlocked unlocked(op.size.all());
-  active().step(op, beyond_cache(bytes_of(
-                        op.size, {&op.x, &op.m, &op.m_u, &op.v, &op.g, &op.h, &op.z, &op.x_next,
-                                  &op.h_next, &op.model_input})));
+  active().step(op);
 }
 
 void step(int64_t table, int64_t rows, int64_t row, int64_t streams, int64_t copies,
@@ -90,10 +80,11 @@ void step(int64_t table, int64_t rows, int64_t row, int64_t streams, int64_t cop
 }
 
 // As step, of contiguous tensors; 0 is the address of an absent one. The dtype is the model's.
-void step_dense(int64_t samples, int64_t elements, int64_t table, int64_t rows, int64_t row,
+void step_dense(int64_t samples, int64_t all, int64_t table, int64_t rows, int64_t row,
                 int64_t streams, int64_t copies, int dtype, int64_t x, int64_t m, int64_t m_u,
                 int64_t v, int64_t g, int64_t h, int64_t z, int64_t x_next, int64_t h_next,
                 int64_t model_input) {
+  const int64_t elements = samples ? all / samples : 0;
   const auto state = [&](int64_t address) { return dense(address, DType::f32, elements); };
   const auto model = [&](int64_t address) {
     return dense(address, static_cast<DType>(dtype), elements);
@@ -118,7 +109,7 @@ void noising(int64_t t, int64_t table, int64_t rows, int64_t streams, uint32_t r
   }
   if (op.size.all() == 0) return;
   const Unlocked unlocked(op.size.all());
-  active().noising(op, beyond_cache(bytes_of(op.size, {&op.x0, &op.noise, &op.x_t, &op.target})));
+  active().noising(op);
 }
 
 void cfg(int64_t weights, double w, const py::tuple& size, const py::list& o) {
@@ -126,7 +117,7 @@ void cfg(int64_t weights, double w, const py::tuple& size, const py::list& o) {
                   operand(o[0]), operand(o[1]), operand(o[2])};
   if (op.size.all() == 0) return;
   const Unlocked unlocked(op.size.all());
-  active().cfg(op, beyond_cache(bytes_of(op.size, {&op.m_cond, &op.m_uncond, &op.out})));
+  active().cfg(op);
 }
 
 void randn(int64_t samples, int64_t elements, int64_t streams, uint32_t row, bool bits,
@@ -134,8 +125,7 @@ void randn(int64_t samples, int64_t elements, int64_t streams, uint32_t row, boo
   if (samples * elements == 0) return;
   const Unlocked unlocked(samples * elements);
   active().randn({samples, elements, pointer<const int64_t>(streams), row, bits,
-                  pointer<void>(out)},
-                 beyond_cache(4 * samples * elements));
+                  pointer<void>(out)});
 }
 
 }  // namespace

@@ -23,8 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
 from fastdiff.op import Case, Op
 from fastdiff.ops import OPS
+
+_launch = importlib.import_module("fastdiff.kernels.launch")
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,13 @@ def reports(
 ) -> list[Report]:
     """Compile the selected cases for the selected targets, each different kernel once.
 
-    RuntimeError in Triton's interpreter, which cannot compile.
+    RuntimeError in Triton's interpreter, which cannot compile, and for a Triton whose launcher
+    does not tell what it compiles.
     """
-    from triton import knobs
-
-    if knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1: the interpreter cannot compile; unset it")
+    if not hasattr(triton.JITFunction, "_pack_args"):
+        raise RuntimeError(f"Triton {triton.__version__} is too old for this; 3.9 is known to do")
     sources: dict[Any, tuple[Op, Target, Any]] = {}
     cases: dict[Any, list[tuple[Case, int, int]]] = {}
     for op in OPS.values():
@@ -96,7 +104,7 @@ def reports(
             launch = importlib.import_module(f"fastdiff.kernels.{op.name}").plan(*inputs, *outputs)
             elements = next(o for o in outputs if o is not None).numel()
             for target in targets:
-                source = _source(launch, target)
+                source = source_of(launch, target)
                 key = (target, source.hash())
                 sources.setdefault(key, (op, target, source))
                 cases.setdefault(key, []).append((case, elements, op.moved(*inputs)))
@@ -105,34 +113,26 @@ def reports(
 
 
 def _backend(target: Target) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-
     return make_backend(GPUTarget(target.backend, target.arch, target.warp))
 
 
-def _source(launch: Any, target: Target) -> Any:
+def source_of(launch: Any, target: Target) -> Any:
     """What the just-in-time launcher would compile, told by its own binder."""
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import create_function_from_signature
-
-    from fastdiff.kernels.launch import options
-
     kernel, backend = launch.kernel, _backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(**launch.args)
     _, signature, constants, attributes = kernel._pack_args(
-        backend, options(target.warp), bound, specialization, None
+        backend, _launch.options(target.warp), bound, specialization, None
     )
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def compile_for(source: Any, target: Target) -> Any:
+    return triton.compile(source, _backend(target).target, _launch.options(target.warp))
+
+
 def _report(op: Op, target: Target, source: Any, cases: list[tuple[Case, int, int]]) -> Report:
-    import triton
-
-    from fastdiff.kernels.launch import BLOCK, THREADS, options
-
-    compiled = triton.compile(source, _backend(target).target, options(target.warp))
+    compiled = compile_for(source, target)
     machine = (_read_cuda if target.backend == "cuda" else _read_hip)(compiled.asm)
     tiles = re.findall(r"tt\.(?:load|store) .*<(\d+)x!tt\.ptr<\w?f(\d+)>>", compiled.asm["ttir"])
     tile_bytes = sum(int(n) * int(bits) // 8 for n, bits in tiles)
@@ -143,8 +143,8 @@ def _report(op: Op, target: Target, source: Any, cases: list[tuple[Case, int, in
         cases=tuple(c.name for c, _, _ in cases),
         shared=compiled.metadata.shared,
         tile_bytes=tile_bytes,
-        excess=elements * tile_bytes / BLOCK / fewest if fewest else 1.0,
-        per_element=machine.pop("instructions") * THREADS / BLOCK,
+        excess=elements * tile_bytes / _launch.BLOCK / fewest if fewest else 1.0,
+        per_element=machine.pop("instructions") * _launch.THREADS / _launch.BLOCK,
         roofline=fewest / target.bandwidth if case.large else None,
         **machine,
     )
@@ -152,19 +152,17 @@ def _report(op: Op, target: Target, source: Any, cases: list[tuple[Case, int, in
 
 def _read_cuda(asm: Any) -> dict[str, Any]:
     """Tiles are masked, so their accesses are the predicated ones of the PTX."""
-    from triton import knobs
-
     accesses = re.findall(r"@%p\d+ (?:ld|st)\.global(?:\.v(\d))?\.b(\d+)", asm["ptx"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    code = re.findall(r"^\S*:\S*\s+(?:@!?U?P\w+ )?([A-Z]\w*)", asm["sass"], re.MULTILINE)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass"]
+        said = subprocess.run([*command, file.name], check=True, capture_output=True, text=True)
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout))
+    code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", said.stdout)
     return {
-        "registers": used["REG"],
-        "spills": used["STACK"] + used["LOCAL"],
+        "registers": int(used["REG"]),
+        "spills": int(used["STACK"]) + int(used["LOCAL"]),
         "accesses": dict(Counter(int(n or 1) * int(bits) for n, bits in accesses)),
         "instructions": sum(name != "NOP" for name in code),
     }

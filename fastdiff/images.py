@@ -18,13 +18,14 @@ def to_uint8(x: Tensor) -> Tensor:
     return x.detach().float().cpu().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
+def grid(x: Tensor, columns: int | None = None, gap: int = 2, scale: int = 1) -> Image.Image:
     """One picture of a batch, row by row.
 
     Args:
         x: [B, C, H, W] in [-1, 1], or uint8, C of 1 (grey) or 3 (RGB), B of 1 or more.
         columns: images a row; the default is nearest to a square.
         gap: white pixels between images.
+        scale: screen pixels a pixel, each way.
 
     Raises:
         ValueError: another shape.
@@ -33,6 +34,8 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
         raise ValueError(f"x of shape {tuple(x.shape)}: must be [B, 1 or 3, H, W], B of 1 or more")
     if columns is not None and columns < 1:
         raise ValueError(f"columns={columns}: must be 1 or more")
+    if scale < 1:
+        raise ValueError(f"scale={scale}: must be 1 or more")
     batch, channels, height, width = x.shape
     across = columns or math.ceil(math.sqrt(batch))
     down = math.ceil(batch / across)
@@ -45,7 +48,8 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
         top, left = k // across * (height + gap), k % across * (width + gap)
         canvas[:, top : top + height, left : left + width] = image
     pixels = canvas[0] if channels == 1 else canvas.permute(1, 2, 0)
-    return Image.fromarray(pixels.numpy())
+    picture = Image.fromarray(pixels.numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def save_animation(

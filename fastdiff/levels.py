@@ -35,18 +35,16 @@ def levels(
 ) -> Levels:
     """Look up both ends of every row, after checking them."""
     t = integers("timesteps", timesteps)
-    if t.size == 0 or (np.diff(t) >= 0).any() or t[0] >= len(schedule) or t[-1] < 0:
-        raise ValueError(
-            f"timesteps={t.tolist()}: must descend strictly within 0..{len(schedule) - 1}; "
-            "schedule.timesteps() gives such a list"
-        )
     after = np.append(t[1:], -1)
     to = after if next_timesteps is None else integers("next_timesteps", next_timesteps)
-    if to.shape != t.shape or (to > t).any() or (to < -1).any():
+    if t.size == 0 or to.shape != t.shape:
         raise ValueError(
-            f"next_timesteps={to.tolist()}: must be {t.size} timesteps, each at most its row's "
-            "own, with -1 for the data"
+            f"timesteps: has {t.size} and next_timesteps {to.size}; give one of each a row, "
+            "at least one"
         )
+    _refuse("timesteps", t, (t < 0) | (t >= len(schedule)), f"must be in 0..{len(schedule) - 1}")
+    _refuse("timesteps", t, np.append(False, np.diff(t) >= 0), "must be below the one before it")
+    _refuse("next_timesteps", to, (to > t) | (to < -1), "must be in -1..its row's timestep")
     return Levels(t, *level_at(schedule, t), *level_at(schedule, to))
 
 
@@ -60,3 +58,11 @@ def integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise TypeError(f"{name}: must be a list of integers, got {values!r}")
     return array.astype(np.int64)
+
+
+def _refuse(name: str, values: NDArray[np.int64], bad: NDArray[np.bool_], wanted: str) -> None:
+    if bad.any():
+        i = int(bad.argmax())
+        raise ValueError(
+            f"{name}[{i}]={values[i]}: {wanted}; schedule.timesteps() gives such lists"
+        )

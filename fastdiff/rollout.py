@@ -111,6 +111,12 @@ def split(
     if not isinstance(out, Tensor):
         out = getattr(out, "sample", out)
         errors.is_tensor("model: its output", out)
+    if out.dtype not in errors.MODEL_DTYPES:
+        errors.has_dtype("model: its output", out, errors.MODEL_DTYPES)
+    if out.device != x.device:
+        errors.on_device("model: its output", out, "x", x)
+    if out.shape == x.shape and not (guided or learned_variance):
+        return out, None, None
     batch, channels = x.shape[:2]
     wanted = (2 * batch if guided else batch, *x.shape[1:])
     extra = learned_variance
@@ -126,9 +132,6 @@ def split(
             f"model: its output has {channels} channels, variance='learned_range' needs "
             f"{2 * channels}; use variance='small' or 'large'"
         )
-    errors.has_dtype("model: its output", out, errors.MODEL_DTYPES)
-    if not guided and not extra:
-        return out, None, None
     m_u, v = None, None
     if guided:
         out, m_u = out[:batch], out[batch:]

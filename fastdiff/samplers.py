@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import errors, presets, tables
 from .ops.randn import BEFORE_FIRST_ROW, randn, streams_of
-from .ops.step import OP as STEP
+from .ops.step import step
 from .rollout import Model, Rollout, placement, previews, split
 from .schedule import NoiseSchedule
 from .spacing import SPACINGS
@@ -33,6 +33,8 @@ class Sampler:
 
     def __init__(self, table: Table) -> None:
         self.table = table
+        self._guided: list[bool] = (table.w != 0).tolist()
+        self._noisy, self._history = table.noisy, table.history
         self._registers: dict[torch.device, Tensor] = {}
         self._tables: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
@@ -95,7 +97,7 @@ class Sampler:
             preview = torch.from_numpy(previews(table).float32()).to(start.device)
         for i in tqdm(range(len(table)), desc=table.name, disable=not progress):
             x0 = rollout.run(i, preview)
-            if callback is not None:
+            if callback is not None and x0 is not None:
                 callback(i, rollout.x, x0)
         return rollout.x
 
@@ -142,21 +144,21 @@ class Sampler:
         if not 0 <= i < len(self.table):
             raise ValueError(f"i={i}: must be in [0, {len(self.table)}), the table's rows")
         errors.is_tensor("x", x)
-        errors.has_dtype("x", x, (torch.float32,))
         if noise is not None:
             errors.like("noise", noise, "x", x)
             errors.has_dtype("noise", noise, (torch.float32,))
         m, m_u, v = split(model_output, x, self._guided[i], self.table.learned_variance)
-        errors.on_device("model_output", m, "x", x)
         streams = None
-        if noise is None and self.table.noisy:
+        if self._noisy and noise is None:
             streams = _streams(seed, len(x), first_index, device=x.device)
         columns, rows = self._on(x.device)
-        h = self._register(i, x) if self.table.history else None
-        out = STEP.call(x, m, columns, rows[i], m_u, v, None, h, noise, streams, 0)
-        if h is not None:
-            self._registers[x.device] = out[1]
-        return out[0]
+        if not self._history:
+            return step(x, m, columns, rows[i], m_u=m_u, v=v, z=noise, streams=streams)
+        h = self._register(i, x)
+        x_next, self._registers[x.device] = step(
+            x, m, columns, rows[i], m_u=m_u, v=v, h=h, z=noise, streams=streams
+        )
+        return x_next
 
     def _register(self, i: int, x: Tensor) -> Tensor:
         if i == 0:
@@ -165,10 +167,6 @@ class Sampler:
         if h is None or h.shape != x.shape:
             raise ValueError(f"i={i}: this solver remembers the row before; start with i=0")
         return h
-
-    @cached_property
-    def _guided(self) -> list[bool]:
-        return (self.table.w != 0).tolist()
 
     def _on(self, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The table's columns and row numbers on a device, made once."""

@@ -266,6 +266,8 @@ class NoiseSchedule:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule that `to_json` described. Raises ValueError for anything else."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"schedule: must be an object with a name, got {data!r}")
         arguments = dict(data)
         name, rescaled = arguments.pop("name", None), arguments.pop("zero_terminal_snr", False)
         if name not in CONSTRUCTORS:

@@ -69,7 +69,7 @@ class Table:
                 raise ValueError(
                     f"{name}: has shape {array.shape}; must be a number or [{rows}], one a row"
                 )
-            array = np.array(np.broadcast_to(array, rows))
+            array = np.broadcast_to(array, rows) + 0.0  # a copy, and -0 becomes 0
             good = np.isfinite(array) | ((array == np.inf) & (name in _INFINITE))
             good &= (array > 0) | (name != "clip")
             if not good.all():

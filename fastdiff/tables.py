@@ -72,6 +72,8 @@ def ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}: must be between 0 (deterministic) and 1 (as noisy as DDPM)")
+    if classifier_scale and keep_eps:
+        raise ValueError("keep_eps=True: a classifier shifts eps too; use keep_eps=False")
     at = levels(schedule, timesteps, next_timesteps)
     s = eta * np.sqrt(at.beta_tilde)
     k = np.sqrt(np.maximum(at.sigma_next**2 - s**2, 0)) / at.sigma
@@ -171,7 +173,7 @@ def dpmpp_2m(
     With rho = e^-h = sigma' alpha / (alpha' sigma) and k = h / (2 h_prev),
     x' = sigma'/sigma rho^eta x + alpha' (1 - rho^(1+eta)) ((1 + k) D - k D_prev)
     + sigma' sqrt(1 - rho^(2 eta)) z. The first row and a step to the data are first order (k = 0).
-    Lu et al. 2022, "DPM-Solver++", Algorithm 2 (eta = 0) and appendix "SDE-DPM-Solver++(2M)".
+    Lu et al. 2022, "DPM-Solver++", Algorithm 2 (eta = 0) and SDE-DPM-Solver++(2M) (eta = 1).
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}: must be between 0 (deterministic) and 1 (SDE)")
@@ -184,7 +186,7 @@ def dpmpp_2m(
     rho = at.sigma_next * at.alpha / (at.alpha_next * at.sigma)
     gain = -at.alpha_next * np.expm1(-(1 + eta) * h)
     row = _columns(schedule, at, prediction, clip)
-    row |= {"a": at.sigma_next / at.sigma * rho**eta, "b": gain * (1 + k), "c": 0.0 - gain * k}
+    row |= {"a": at.sigma_next / at.sigma * rho**eta, "b": gain * (1 + k), "c": -gain * k}
     if eta:
         row["s"] = at.sigma_next * np.sqrt(-np.expm1(-2 * eta * h))
     return Table(name=f"dpmpp_2m(eta={eta:g})", e=1.0, **row)
@@ -220,41 +222,44 @@ def heun(
     churned = (now >= S_tmin) & (now <= S_tmax)
     hat = now * (1 + np.where(churned, min(S_churn / len(now), np.sqrt(2) - 1), 0.0))
     noise = S_noise * np.sqrt(hat**2 - now**2)
-    step = to - hat
+    ahead, half = to > 0, (to - hat) / 2
 
-    def both(first: ArrayLike, second: ArrayLike) -> Array:
-        """Columns of Euler and correction rows, interleaved; a step to the data needs no second."""
-        return np.stack(np.broadcast_arrays(first, second, step)[:2], 1).ravel()[:-1]
+    def both(euler: Any, correction: Any) -> Array:
+        """Columns of the two kinds of row, interleaved; the step to the data is Euler's alone."""
+        return np.stack(np.broadcast_arrays(euler, correction, to)[:2], 1).ravel()[:-1]
 
-    finite = schedule.alpha > 0
-    ladder = np.log(schedule.sigma[finite] / schedule.alpha[finite])
-    t_hat = np.where(hat > now, np.interp(np.log(hat), ladder, np.arange(len(ladder))), at.t)
-    power = hat**2 if schedule.variance_preserving else 0.0
-    level, t = both(hat, to), both(t_hat, np.append(at.t[1:], 0))
-    alpha = both(np.where(hat > now, 1 / np.sqrt(1 + power), at.alpha), at.alpha_next)
-    px, pm = prediction_coefficients(prediction, alpha, level * alpha).T[:2]
-    c_in, time = model_input(prediction, alpha, level * alpha, t)
-    half = step / 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        correction = half / to
+    u = both(hat, to)
+    alpha, t = _between(schedule, u)
+    px, pm = prediction_coefficients(prediction, alpha, u * alpha).T[:2]
+    c_in, time = model_input(prediction, alpha, u * alpha, t)
     start = (1.0 if schedule.variance_preserving else at.sigma[0]) / at.alpha[0]
-    unfinished = to > 0
+    slope = half / np.where(ahead, to, 1.0)
     return Table(
         name=f"heun(S_churn={S_churn:g})",
         init=float(np.hypot(start, noise[0])),
         t=time,
-        sigma=level,
+        sigma=u,
         c_in=c_in * alpha,
         px=px * alpha,
         pm=pm,
         clip=np.inf if clip is None else clip,
-        a=both(to / hat, correction),
-        b=both(-step / hat, -correction),
+        a=both(to / hat, slope),
+        b=both(1 - to / hat, -slope),
         c=both(0.0, 1.0),
-        d=both((1 + half / hat) * unfinished, 0.0),
-        e=both(-half / hat * unfinished, 0.0),
+        d=both((1 + half / hat) * ahead, 0.0),
+        e=both(-half / hat * ahead, 0.0),
         s=both(0.0, np.append(noise[1:], 0.0)),
     )
+
+
+def _between(schedule: NoiseSchedule, u: Array) -> tuple[Array, Array]:
+    """(alpha, t) at noise levels u = sigma / alpha, which may lie between timesteps."""
+    alpha, sigma = schedule.alpha[schedule.alpha > 0], schedule.sigma[schedule.alpha > 0]
+    ladder = np.log(sigma / alpha)
+    t = np.interp(np.log(u), ladder, np.arange(len(ladder)))
+    if schedule.variance_preserving:
+        return 1 / np.sqrt(1 + u**2), t
+    return np.interp(np.log(u), ladder, alpha), t
 
 
 def langevin(
@@ -277,11 +282,9 @@ def langevin(
     if not step_size > 0:
         raise ValueError(f"step_size={step_size}: must be positive")
     each = levels(schedule, timesteps)
-    rows = np.repeat(np.arange(len(each.t)), inner)
-    last = np.zeros(len(rows) + bool(denoise), bool)
-    last[len(rows) :] = True
-    rows = np.append(rows, [len(each.t) - 1] * bool(denoise))
-    at = Levels(*(column[rows.astype(int)] for column in each))
+    index = np.append(np.repeat(np.arange(len(each.t)), inner), -1)[: None if denoise else -1]
+    last = index == -1
+    at = Levels(*(column[index] for column in each))
     pull = step_size / at.sigma[-1] ** 2  # u / sigma^2, the same at every level
     row = _columns(schedule, at, prediction, clip)
     return Table(

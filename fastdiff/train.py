@@ -65,6 +65,8 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        model.schedule, model.prediction = schedule, config.prediction
+        model.class_names = data.class_names
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -111,7 +113,7 @@ class Trainer:
                     self._draw()
         self._save()
         record = {"config": self.config.to_json(), "step": self.step, "seconds": self.seconds}
-        names, prediction = self.data.class_names, self.config.prediction
+        prediction, names = self.config.prediction, self.data.class_names
         save(self.out, self.ema, self.schedule, prediction, names, record)
         return self.ema
 

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastdiff.ops.layout import describe
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+    raise ImportError(f"Triton {triton.__version__} is too old for these kernels: must be 3.4")
+
 # 8 elements a thread: 128 bits of bf16, and two 128-bit accesses of fp32 in flight an operand.
 BLOCK = 1024
 THREADS = 128

@@ -175,7 +175,7 @@ def dpmpp_2m(
     sigmas: Sequence[float],
     noises: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """DPM-Solver++, Algorithm 2; with noises SDE-DPM-Solver++(2M) (Lu et al. 2022, section 6).
+    """DPM-Solver++, Algorithm 2; with noises its SDE-DPM-Solver++(2M) (Lu et al. 2022).
 
     The step to the data is the limit of the first-order update: x0 itself.
     """

@@ -21,7 +21,9 @@ from fastdiff.table import Table
 diffusers = pytest.importorskip("diffusers")
 from diffusers.schedulers import scheduling_dpmsolver_multistep  # noqa: E402
 
-T = 50
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+T = 30
 SCHEDULE = NoiseSchedule.linear(T)
 NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SPACINGS = ["leading", "trailing", "linspace"]
@@ -115,19 +117,29 @@ def test_schedules(ours: NoiseSchedule, config: dict) -> None:
     np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("length", [50, 1000])
+@pytest.mark.parametrize("length", [30, 1000])
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_timesteps_for_every_number_of_steps(spacing: str, length: int) -> None:
-    schedule, wrong = NoiseSchedule.cosine(length), []
+    schedule = NoiseSchedule.cosine(length)
     theirs = diffusers.DDIMScheduler(length, timestep_spacing=spacing)
     for steps in range(1, length + 1):
         theirs.set_timesteps(steps)
         expected = theirs.timesteps.numpy()
         if emits_minus_one(theirs):
-            wrong.append(steps)
+            assert spacing == "trailing"
             expected = expected[:-1]
         np.testing.assert_array_equal(schedule.timesteps(steps, spacing), expected)
-    assert bool(wrong) == (spacing == "trailing" and length == 1000)
+
+
+def test_diffusers_emits_timestep_minus_1_at_103_trailing_steps() -> None:
+    """Rounding gives its arange one element more than it was asked for."""
+    theirs = diffusers.DDIMScheduler(1000, timestep_spacing="trailing")
+    theirs.set_timesteps(103)
+    assert len(theirs.timesteps) == 104
+    assert theirs.timesteps[-1] == -1
+    ours = NoiseSchedule.linear(1000).timesteps(103, "trailing")
+    assert len(ours) == 103
+    assert ours[-1] == 9
 
 
 @pytest.mark.parametrize("prediction", NAMES)
@@ -137,15 +149,14 @@ def test_ddim_preset_for_every_number_of_steps(spacing: str, prediction: str) ->
         made = scheduler(
             "DDIMScheduler", steps, timestep_spacing=spacing, prediction_type=NAMES[prediction]
         )
+        if emits_minus_one(made):
+            continue
         eta, x = (0.0, 0.5, 1.0)[steps % 3], draw(1)
         expected = run(made, model, x, eta=eta, generator=torch.Generator().manual_seed(0))
         table = like("ddim", steps, spacing=spacing, prediction=prediction, eta=eta)
-        if eta:  # theirs draws at every step, ours only where the noise has a weight
-            noises = [z for z, s in zip(drawn(steps), table.s, strict=True) if s]
-            got = oracles.execute(table, x, model, noises)
-        else:
-            got = oracles.execute(table, x, model)
-        assert difference(got, expected) < 1e-10, steps
+        # theirs draws at every step, ours only where the noise has a weight
+        noises = [z for z, s in zip(drawn(steps), table.s, strict=True) if s]
+        assert difference(oracles.execute(table, x, model, noises), expected) < 1e-10, steps
 
 
 @pytest.mark.parametrize("prediction", NAMES)
@@ -191,6 +202,8 @@ def test_ddim_agrees_with_diffusers_exactly_where_its_stride_is_right(spacing: s
     for steps in range(1, T + 1):
         timesteps = SCHEDULE.timesteps(steps, spacing)
         made = scheduler("DDIMScheduler", steps, timestep_spacing=spacing, clip_sample=False)
+        if emits_minus_one(made):
+            continue
         theirs = run(made, model, draw(1))
         ours = oracles.execute(tables.ddim(SCHEDULE, timesteps), draw(1), model)
         abars = SCHEDULE.alphas_cumprod[timesteps].tolist()
@@ -241,7 +254,7 @@ def test_ddim_with_zero_terminal_snr() -> None:
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddpm_preset(spacing: str, prediction: str, variance: str) -> None:
     network: Callable = with_variance if variance == "learned_range" else model
-    for steps in (1, 2, 7, 13, 25, T):
+    for steps in (1, 2, 7, 12, T):
         for clip in (None, 1.0):
             made = scheduler(
                 "DDPMScheduler",
@@ -266,7 +279,7 @@ def test_ddpm_preset(spacing: str, prediction: str, variance: str) -> None:
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_ddpm_agrees_with_diffusers_where_the_last_timestep_is_0(variance: str) -> None:
     network: Callable = with_variance if variance == "learned_range" else model
-    for steps in (2, 7, 13, 25, T):
+    for steps in (2, 7, 13, T):
         made = scheduler(
             "DDPMScheduler", steps, variance_type=VARIANCES[variance], clip_sample=False
         )
@@ -300,9 +313,8 @@ def test_dpmpp_2m_preset_for_every_number_of_steps(
             prediction_type=NAMES[prediction],
             algorithm_type=algorithm,
         )
-        if spacing == "leading" and steps >= T // 2:
-            # theirs spaces steps + 1 timesteps by T // (steps + 1) = 1
-            assert made.timesteps[0] < T
+        if emits_minus_one(made):
+            continue
         level = (SCHEDULE.sigma / SCHEDULE.alpha)[made.timesteps.numpy()]
         made.sigmas = torch.from_numpy(np.append(level, 0.0))
         table = like("dpmpp_2m", steps, spacing=spacing, prediction=prediction, eta=eta)
@@ -319,7 +331,7 @@ def test_presets_refuse_what_the_peer_does_not_have() -> None:
         (("keras", "ddim", SCHEDULE, 5), {}, "peer='keras': must be one of"),
         (("diffusers", "langevin", SCHEDULE, 5), {}, "solver='langevin': must be one of"),
         (("guided-diffusion", "ddim", SCHEDULE), {}, "steps=None: guided-diffusion needs steps"),
-        (("guided-diffusion", "ddim", SCHEDULE, 24), {}, "no integer stride takes 24 steps"),
+        (("guided-diffusion", "ddim", SCHEDULE, 14), {}, "no integer stride takes 14 steps"),
         (("diffusers", "ddpm", SCHEDULE, 5), {"set_alpha_to_one": False}, "set_alpha_to_one"),
         (("diffusers", "ddim", SCHEDULE), {}, "steps=None: spacing='leading' needs"),
     ]:
@@ -335,5 +347,5 @@ def test_guided_diffusion_preset() -> None:
     timesteps, options = presets.like("guided-diffusion", "ddpm", SCHEDULE, 10, clip=None)
     assert timesteps.tolist() == SCHEDULE.timesteps(spacing="10").tolist()
     assert options == {"clip": None, "variance": "large"}
-    timesteps, _ = presets.like("guided-diffusion", "ddim", SCHEDULE, spacing="ddim25")
-    assert len(timesteps) == 25
+    timesteps, _ = presets.like("guided-diffusion", "ddim", SCHEDULE, spacing="ddim15")
+    assert len(timesteps) == 15

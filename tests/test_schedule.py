@@ -265,6 +265,7 @@ def test_a_schedule_cannot_be_changed() -> None:
         (lambda s: NoiseSchedule.geometric(2.0, 1.0, 5), "sigma_min=2.0, sigma_max=1.0"),
         (lambda s: NoiseSchedule.karras(n=1), "n=1: must be at least 2"),
         (lambda s: NoiseSchedule.karras().zero_terminal_snr(), "variance-preserving"),
+        (lambda s: NoiseSchedule.from_json([1]), "schedule: must be an object with a name"),
         (lambda s: NoiseSchedule.from_json({"name": "sigmoid"}), "schedule name='sigmoid'"),
         (lambda s: NoiseSchedule.from_json({"name": "linear", "N": 3}), "schedule 'linear'"),
         (lambda s: NoiseSchedule.from_json({"name": "from_json"}), "schedule name='from_json'"),

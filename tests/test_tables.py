@@ -344,14 +344,20 @@ def test_v_at_zero_terminal_snr(build, eta: float) -> None:
 def test_bad_requests_name_the_argument() -> None:
     good = COSINE.timesteps(10)
     for arguments, options, message in [
-        ((COSINE, good[::-1]), {}, "timesteps=.*descend strictly within 0..299"),
-        ((COSINE, [300, 1]), {}, "timesteps="),
-        ((COSINE, []), {}, "timesteps="),
+        ((COSINE, good[::-1]), {}, r"timesteps\[1\]=30: must be below the one before"),
+        ((COSINE, [300, 1]), {}, r"timesteps\[0\]=300: must be in 0..299"),
+        ((COSINE, [5, -1]), {}, r"timesteps\[1\]=-1: must be in 0..299"),
+        ((COSINE, []), {}, "timesteps: has 0"),
         ((COSINE, good), {"eta": 1.5}, "eta=1.5: must be between 0"),
         ((COSINE, good), {"prediction": "x1"}, "prediction='x1': must be one of"),
         ((COSINE, good), {"clip": 0.0}, "clip"),
-        ((COSINE, good), {"next_timesteps": good[:-1]}, "next_timesteps="),
-        ((COSINE, good), {"next_timesteps": good + 1}, "next_timesteps="),
+        ((COSINE, good), {"next_timesteps": good[:-1]}, "10 and next_timesteps 9;"),
+        (
+            (COSINE, good),
+            {"next_timesteps": good + 1},
+            r"next_timesteps\[0\]=271: must be in -1..its",
+        ),
+        ((COSINE, good), {"keep_eps": True, "classifier_scale": 1.0}, "use keep_eps=False"),
     ]:
         with pytest.raises(ValueError, match=message):
             tables.ddim(*arguments, **options)
@@ -363,3 +369,10 @@ def test_bad_requests_name_the_argument() -> None:
         tables.heun(COSINE, good, S_churn=-1)
     with pytest.raises(ValueError, match="step_size=0"):
         tables.langevin(COSINE, good, step_size=0)
+
+
+def test_a_register_is_kept_only_where_a_later_row_reads_it() -> None:
+    assert tables.heun(KARRAS, KARRAS.timesteps(9)).history
+    assert not tables.heun(KARRAS, KARRAS.timesteps(1, "trailing")).history
+    assert tables.dpmpp_2m(COSINE, COSINE.timesteps(9)).history
+    assert not tables.ddim(COSINE, COSINE.timesteps(9)).history

@@ -9,22 +9,21 @@
 
 namespace fd {
 
-// `streaming`: the outputs pass the cache by.
 struct Kernels {
   const char* isa;
   bool (*runs_here)();
-  void (*step)(Step, bool streaming);
-  void (*noising)(Noising, bool streaming);
-  void (*cfg)(Cfg, bool streaming);
-  void (*randn)(const Randn&, bool streaming);
+  void (*step)(Step);
+  void (*noising)(Noising);
+  void (*cfg)(Cfg);
+  void (*randn)(const Randn&);
 };
 
 #define FD_KERNELS(isa)                \
   namespace isa {                      \
-  void step(Step, bool);               \
-  void noising(Noising, bool);         \
-  void cfg(Cfg, bool);                 \
-  void randn(const Randn&, bool);      \
+  void step(Step);               \
+  void noising(Noising);         \
+  void cfg(Cfg);                 \
+  void randn(const Randn&);      \
   }
 FD_KERNELS(scalar)
 FD_KERNELS(avx2)

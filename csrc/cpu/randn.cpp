@@ -6,7 +6,7 @@
 namespace fd {
 namespace FD_ISA {
 
-void randn(const Randn& op, bool streaming) {
+void randn(const Randn& op) {
   const Size size = {{op.samples, 1, 1, op.elements}};
   const Operand out = {op.out, DType::f32, {op.elements, 0, 0, 1}};  // words are as wide as floats
 
@@ -15,7 +15,7 @@ void randn(const Randn& op, bool streaming) {
     Buffer values;
     const float* at = op.bits ? make_bits(stream, run.first, run.count, values.at)
                               : make_noise(stream, run.first, run.count, values.at);
-    write(out, size, run, {const_cast<float*>(at), false}, streaming);
+    write(out, size, run, {const_cast<float*>(at), false});
   });
 }
 

@@ -7,7 +7,6 @@
 #include "../tensor.h"
 #include "noise.h"
 #include "parallel.h"
-#include "stream.h"
 
 namespace fd {
 namespace {
@@ -64,17 +63,12 @@ FD_HOST_DEVICE void gather(const Operand& o, const Size& size, const Run& run, f
 
 template <class T, class Encode>
 FD_HOST_DEVICE void scatter(const Operand& o, const Size& size, const Run& run,
-                            const float* values, bool streaming, Encode encode) {
+                            const float* values, Encode encode) {
   for_stretches(o, size, run, [&](int64_t offset, int first, int count, int64_t stride) {
     T* to = static_cast<T*>(o.data) + offset;
     const float* from = values + first;
     if (stride != 1) {
       for (int i = 0; i < count; ++i) to[i * stride] = encode(from[i]);
-    } else if (streaming) {
-      T encoded[kRun];
-#pragma omp simd
-      for (int i = 0; i < count; ++i) encoded[i] = encode(from[i]);
-      stream_bytes(to, encoded, count * sizeof(T));
     } else {
 #pragma omp simd
       for (int i = 0; i < count; ++i) to[i] = encode(from[i]);
@@ -103,22 +97,22 @@ struct Place {
   bool in_memory;
 };
 
-inline Place place(const Operand& o, const Size& size, const Run& run, bool streaming,
+inline Place place(const Operand& o, const Size& size, const Run& run,
                    Buffer& buffer) {
-  if (!o.data || o.dtype != DType::f32 || streaming || !is_dense(o, size))
+  if (!o.data || o.dtype != DType::f32 || !is_dense(o, size))
     return {buffer.at, false};
   return {static_cast<float*>(o.data) + run.sample * o.stride[0] + run.first, true};
 }
 
 inline __attribute__((noinline)) void write(const Operand& o, const Size& size, const Run& run,
-                                            const Place& values, bool streaming) {
+                                            const Place& values) {
   if (!o.data || values.in_memory) return;
   if (o.dtype == DType::bf16)
-    scatter<uint16_t>(o, size, run, values.at, streaming, to_bf16);
+    scatter<uint16_t>(o, size, run, values.at, to_bf16);
   else if (o.dtype == DType::f16)
-    scatter<uint16_t>(o, size, run, values.at, streaming, to_f16);
+    scatter<uint16_t>(o, size, run, values.at, to_f16);
   else
-    scatter<float>(o, size, run, values.at, streaming, [](float x) { return x; });
+    scatter<float>(o, size, run, values.at, [](float x) { return x; });
 }
 
 // How an op's elements are cut into runs. Where the last dimension is long, runs of its parallel

@@ -43,7 +43,7 @@ RunRow pick(unsigned which, std::index_sequence<has...>) {
 
 }  // namespace
 
-void step(Step op, bool streaming) {
+void step(Step op) {
   const Row row = row_of(op.table, op.rows, *op.row);
   const uint32_t noise_row = static_cast<uint32_t>(*op.row);
   const int64_t batch = op.size.of[0] * op.model_input.stride[0];
@@ -61,8 +61,8 @@ void step(Step op, bool streaming) {
       return read(o, op.size, run, buffer);
     };
     Buffer x, m, m_u, v, g, h, z, x_next, h_next;
-    const Place to = place(op.x_next, op.size, run, streaming, x_next);
-    const Place h_to = place(op.h_next, op.size, run, streaming, h_next);
+    const Place to = place(op.x_next, op.size, run, x_next);
+    const Place h_to = place(op.h_next, op.size, run, h_next);
     const float* noise = in(op.z, z);
     if (!noise && op.streams)
       noise = make_noise(stream_of(op.streams + 2 * run.sample, noise_row), run.first, run.count,
@@ -71,15 +71,15 @@ void step(Step op, bool streaming) {
             {in(op.x, x), in(op.m, m), in(op.m_u, m_u), in(op.v, v), in(op.g, g), in(op.h, h),
              noise, to.at, h_to.at},
             run.count);
-    write(op.x_next, op.size, run, to, streaming);
-    if (has & kHistory) write(op.h_next, op.size, run, h_to, streaming);
+    write(op.x_next, op.size, run, to);
+    if (has & kHistory) write(op.h_next, op.size, run, h_to);
     if (op.copies == 0) return;
     Buffer& scaled = x;
     for (int i = 0; i < run.count; ++i) scaled.at[i] = row.c_in * to.at[i];
     Operand copy = op.model_input;
     const int64_t bytes = batch * (copy.dtype == DType::f32 ? 4 : 2);
     for (int64_t k = 0; k < op.copies; ++k) {
-      write(copy, op.size, run, {scaled.at, false}, streaming);
+      write(copy, op.size, run, {scaled.at, false});
       copy.data = static_cast<char*>(copy.data) + bytes;
     }
   });

@@ -15,6 +15,7 @@ import torch
 from ..checkpoint import ASSETS
 from ..op import backend, missing
 from ..ops import OPS
+from ..ops.layout import _C
 
 
 class Finding(NamedTuple):
@@ -50,8 +51,6 @@ def _cpp() -> Iterator[Finding]:
         yield Finding("--", "  ops run as plain torch, 5 to 40 times slower on the CPU; install")
         yield Finding("--", "  a C++ compiler (apt install g++), then install fastdiff again")
         return
-    from .. import _C
-
     yield Finding("ok", f"C++ kernels for {_C.isa()}")
     for op in OPS.values():
         for case in op.cases():

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=100, help="images at a time (default 100)")
     add("--seed", type=int, default=0, help="image k is always that of the stream (seed, k)")
     add("--out", type=Path, default=Path("samples.png"))
+    add("--scale", type=int, default=2, help="screen pixels a pixel in pictures (default 2)")
     add("--trajectory", action="store_true", help="animate the predicted images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--out={args.out}: must end in {' or '.join(wanted)}")
     if not args.out.parent.is_dir():
         raise ValueError(f"--out={args.out}: the folder {args.out.parent} does not exist; make it")
-    for name in ("num", "batch"):
+    for name in ("num", "batch", "scale"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name}={value}: must be at least 1")
     model = load(args.model).to(args.device)
@@ -126,7 +127,7 @@ def _write(
         return
     columns = len(labels.unique()) if len(labels.unique()) > 1 else None
     if args.trajectory:
-        pictures = [images.grid(frame, columns) for frame in frames]
+        pictures = [images.grid(frame, columns, scale=args.scale) for frame in frames]
         images.save_animation(pictures, args.out)
     else:
-        images.grid(x, columns).save(args.out)
+        images.grid(x, columns, scale=args.scale).save(args.out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -33,12 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the run's folder")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    # the flags say what TrainConfig's docstring says
+    said = dict(re.findall(r"^ +(\w+): ((?:.|\n {9,})+)", TrainConfig.__doc__ or "", re.MULTILINE))
+    flags = parser.add_argument_group("instead of the recipe's")
     for field in fields(TrainConfig):
         kind = type(field.default)
-        parser.add_argument(
+        flags.add_argument(
             "--" + field.name.replace("_", "-"),
             default=None,
-            help=f"overrides the recipe's (default {field.default})",
+            help=" ".join(said.get(field.name, "").split()).replace("%", "%%"),
             **({"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}),
         )
 

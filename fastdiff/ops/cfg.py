@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
-from .layout import describe, element_bytes, rows
+from .layout import _C, describe, element_bytes, rows
 
 
 def reference(m_cond: Tensor, m_uncond: Tensor, weights: Tensor | None, w: float) -> tuple[Tensor]:
@@ -24,8 +24,6 @@ def _allocate(m_cond: Tensor, m_uncond: Tensor, weights: Any, w: float) -> tuple
 
 
 def _cpp(m_cond: Tensor, m_uncond: Tensor, weights: Tensor | None, w: float, out: Tensor) -> None:
-    from .. import _C
-
     pointer = 0 if weights is None else weights.data_ptr()
     _C.cfg(pointer, w, *describe(m_cond, m_uncond, out))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
-from .layout import describe, element_bytes, rows
+from .layout import _C, describe, element_bytes, rows
 from .randn import reference as randn_reference
 from .randn import streams_of
 
@@ -54,8 +54,6 @@ def _cpp(
     x_t: Tensor,
     target: Tensor,
 ) -> None:
-    from .. import _C
-
     stream_pointer = 0 if streams is None else streams.data_ptr()
     _C.noising(
         t.data_ptr(),
@@ -177,7 +175,6 @@ def noising(
     return OP.call(x0, t.contiguous(), table, noise, streams, row)
 
 
-@torch.compiler.assume_constant_result  # a schedule never changes
 def _coefficients(schedule: NoiseSchedule, prediction: str, device: torch.device) -> Tensor:
     key = (prediction, device)
     made = _made.setdefault(schedule, {})
@@ -185,3 +182,7 @@ def _coefficients(schedule: NoiseSchedule, prediction: str, device: torch.device
         table = schedule.noising_table(prediction)
         made[key] = torch.tensor(table, dtype=torch.float32, device=device)
     return made[key]
+
+
+# what torch.compiler.assume_constant_result sets, which would import all of torch._dynamo here
+_coefficients._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
+from .layout import _C
 
 BEFORE_FIRST_ROW = -1  # the row of x_T, which is drawn before row 0 runs
 _WORD = 0xFFFFFFFF
@@ -66,8 +67,6 @@ def _allocate(size: Sequence[int], streams: Tensor, row: int, bits: bool) -> tup
 
 
 def _cpp(size: Sequence[int], streams: Tensor, row: int, bits: bool, out: Tensor) -> None:
-    from .. import _C
-
     samples, elements = size[0], math.prod(size[1:])
     _C.randn(samples, elements, streams.data_ptr(), row & _WORD, bits, out.data_ptr())
 

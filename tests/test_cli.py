@@ -1,0 +1,120 @@
+"""The commands as a user types them, on a tiny model with random weights."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastdiff
+from fastdiff.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = fastdiff.UNetConfig(
+        image_size=8, in_channels=1, channels=8, channel_mult=(1,), num_res_blocks=1,
+        attention_resolutions=(), num_classes=3, norm_groups=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = fastdiff.UNet(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    folder = tmp_path_factory.mktemp("model")
+    names = ("Shirt", "Bag", "Ankle boot")
+    fastdiff.save(folder, model, fastdiff.NoiseSchedule.cosine(100), "v", class_names=names)
+    return folder
+
+
+def sample(folder, out, *arguments):
+    return main(["sample", "--model", str(folder), "--steps", "3", "--out", str(out), *arguments])
+
+
+def test_sample_draws_a_grid_of_ten_a_class(folder, tmp_path, capsys):
+    assert sample(folder, tmp_path / "x.png", "--guidance", "1", "--scale", "1") == 0
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (3 * 10 - 2, 10 * 10 - 2)
+    assert "30 images" in capsys.readouterr().out
+
+
+def test_image_k_is_the_same_whatever_the_batch(folder, tmp_path):
+    whole, parts = tmp_path / "whole.npz", tmp_path / "parts.npz"
+    assert sample(folder, whole, "--num", "7") == 0
+    assert sample(folder, parts, "--num", "7", "--batch", "3") == 0
+    with np.load(whole) as a, np.load(parts) as b:
+        assert a["images"].shape == (7, 8, 8, 1) and a["images"].dtype == np.uint8
+        assert a["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+        assert np.array_equal(a["labels"], b["labels"])
+        # a convolution may sum in another order at another batch size: one grey level
+        assert np.abs(a["images"].astype(int) - b["images"].astype(int)).max() <= 1
+
+
+def test_classes_go_by_name_or_number(folder, tmp_path):
+    assert sample(folder, tmp_path / "x.npz", "--class", "ankle boot", "--class", "0") == 0
+    with np.load(tmp_path / "x.npz") as data:
+        assert data["labels"].tolist() == [2, 0] * 10
+
+
+@pytest.mark.parametrize("ending", [".gif", ".png", ".webp"])
+def test_trajectory_is_one_frame_a_row(folder, tmp_path, ending):
+    out = tmp_path / f"x{ending}"
+    assert sample(folder, out, "--trajectory", "--num", "4", "--batch", "3") == 0
+    with Image.open(out) as picture:
+        assert picture.n_frames == 3
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp", "heun"])
+def test_every_sampler_runs(folder, tmp_path, sampler):
+    assert sample(folder, tmp_path / "x.npz", "--sampler", sampler, "--num", "2") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--out", "x.jpg"], "--out=x.jpg: must end in .png or .npz"),
+        (["--out", "missing/x.png"], "the folder missing does not exist"),
+        (["--num", "0"], "--num=0: must be at least 1"),
+        (["--class", "hat"], "must be 0 to 2 or one of Shirt, Bag, Ankle boot"),
+        (["--eta", "1", "--sampler", "heun"], "--eta=1.0: is for ddim and dpmpp, not heun"),
+        (["--steps", "101"], "steps=101: must be between 1 and 100"),
+        (["--model", "no-such"], "no-such: no such checkpoint"),
+        (["--spacing", "even"], "spacing='even'"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(
+    folder, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "--model", str(folder), *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_finds_nothing_wrong(capsys):
+    status = main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0 and not [line for line in lines if line.startswith("!!")]
+    assert any("kernels agree with the reference" in line for line in lines)
+
+
+def test_without_compiled_kernels_all_runs_on_the_reference_and_doctor_says_so(folder, tmp_path):
+    """As on a machine without compiler and Triton: importing either is made to fail."""
+    code = (
+        "import sys; sys.modules['fastdiff._C'] = sys.modules['triton'] = None\n"
+        "from fastdiff.cli import main\n"
+        f"status = main(['sample', '--model', {str(folder)!r}, '--steps', '2', '--num', '2',"
+        f" '--out', {str(tmp_path / 'x.png')!r}])\n"
+        "sys.exit(status or main(['doctor']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "no C++ kernels" in run.stdout and "slower" in run.stdout and "no Triton" in run.stdout
+
+
+def test_help_names_every_command():
+    run = subprocess.run(
+        [sys.executable, "-m", "fastdiff", "--help"], capture_output=True, text=True
+    )
+    assert run.returncode == 0 and all(c in run.stdout for c in ("sample", "train", "doctor"))
