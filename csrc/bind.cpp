@@ -66,7 +66,6 @@ void check_row(int64_t row, int64_t rows) {
 
 void run_step(const Step& op) {
   check_row(*op.row, op.rows);
-  if (op.size.all() == 0) return;
   const Unlocked unlocked(op.size.all());
   active().step(op);
 }
@@ -107,7 +106,6 @@ void noising(int64_t t, int64_t table, int64_t rows, int64_t streams, uint32_t r
       throw py::value_error("t=" + std::to_string(at) + ": must be in [0, " +
                             std::to_string(rows) + "), the table's rows");
   }
-  if (op.size.all() == 0) return;
   const Unlocked unlocked(op.size.all());
   active().noising(op);
 }
@@ -115,14 +113,12 @@ void noising(int64_t t, int64_t table, int64_t rows, int64_t streams, uint32_t r
 void cfg(int64_t weights, double w, const py::tuple& size, const py::list& o) {
   const Cfg op = {size_of(size), pointer<const float>(weights), static_cast<float>(w),
                   operand(o[0]), operand(o[1]), operand(o[2])};
-  if (op.size.all() == 0) return;
   const Unlocked unlocked(op.size.all());
   active().cfg(op);
 }
 
 void randn(int64_t samples, int64_t elements, int64_t streams, uint32_t row, bool bits,
            int64_t out) {
-  if (samples * elements == 0) return;
   const Unlocked unlocked(samples * elements);
   active().randn({samples, elements, pointer<const int64_t>(streams), row, bits,
                   pointer<void>(out)});

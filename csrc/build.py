@@ -74,7 +74,9 @@ def _kernels() -> Iterator[Edge]:
 
 def _run_ninja(folder: Path, flags: str, edges: list[Edge]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"build {out}: {rule} {inputs}\n  more = {more}\n" for rule, out, inputs, more in edges]
+    lines = [
+        f"build {out}: {rule} {inputs}\n  more = {more}\n" for rule, out, inputs, more in edges
+    ]
     (folder / "build.ninja").write_text(_rules(flags) + "".join(lines))
     ninja = [shutil.which("ninja") or "ninja"]
     if importlib.util.find_spec("ninja"):

@@ -15,12 +15,21 @@ struct Noising {
   Operand x0, noise, x_t, target;
 };
 
+struct NoisingRow {
+  float alpha, sigma, tx, tz;
+};
+
 struct NoisingOutput {
   float x_t, target;
 };
 
-FD_HOST_DEVICE NoisingOutput noising_element(const float* k, float x0, float z) {
-  return {FD_FMA(k[0], x0, k[1] * z), FD_FMA(k[2], x0, k[3] * z)};
+FD_HOST_DEVICE NoisingRow noising_row(const float* table, int64_t t) {
+  const float* k = table + 4 * t;
+  return {k[0], k[1], k[2], k[3]};
+}
+
+FD_HOST_DEVICE NoisingOutput noising_element(const NoisingRow& k, float x0, float z) {
+  return {FD_FMA(k.alpha, x0, k.sigma * z), FD_FMA(k.tx, x0, k.tz * z)};
 }
 
 }  // namespace fd

@@ -6,8 +6,8 @@
 
 namespace fd {
 
-constexpr uint32_t kPhiloxMultiplier[2] = {0xD2511F53u, 0xCD9E8D57u};
-constexpr uint32_t kPhiloxWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipliers
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // what a round adds to the key
 constexpr int kPhiloxRounds = 10;
 
 struct Randn {
@@ -108,14 +108,14 @@ FD_HOST_DEVICE Block<Word> philox(const Stream& stream, Word block) {
   uint32_t k0 = stream.seed[0], k1 = stream.seed[1];
   FD_UNROLL(10)
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const Word p0 = product(c0, kPhiloxMultiplier[0]);
-    const Word p1 = product(c2, kPhiloxMultiplier[1]);
+    const Word p0 = product(c0, kPhiloxM0);
+    const Word p1 = product(c2, kPhiloxM1);
     c0 = (p1 >> 32) ^ c1 ^ k0;
     c1 = p1;
     c2 = (p0 >> 32) ^ c3 ^ k1;
     c3 = p0;
-    k0 += kPhiloxWeyl[0];
-    k1 += kPhiloxWeyl[1];
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
   }
   return {{c0, c1, c2, c3}};
 }

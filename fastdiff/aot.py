@@ -28,10 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastdiff.op import Case, Op
-from fastdiff.ops import OPS
+from .op import Case, Op
+from .ops import OPS
 
-_launch = importlib.import_module("fastdiff.kernels.launch")
+launching = importlib.import_module("fastdiff.kernels.launch")
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ def source_of(launch: Any, target: Target) -> Any:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, _ = bind(**launch.args)
     _, signature, constants, attributes = kernel._pack_args(
-        backend, _launch.options(target.warp), bound, specialization, None
+        backend, launching.options(target.warp), bound, specialization, None
     )
     return ASTSource(kernel, signature, constants, attributes)
 
 
 def compile_for(source: Any, target: Target) -> Any:
-    return triton.compile(source, _backend(target).target, _launch.options(target.warp))
+    return triton.compile(source, _backend(target).target, launching.options(target.warp))
 
 
 def _report(op: Op, target: Target, source: Any, cases: list[tuple[Case, int, int]]) -> Report:
@@ -143,8 +143,8 @@ def _report(op: Op, target: Target, source: Any, cases: list[tuple[Case, int, in
         cases=tuple(c.name for c, _, _ in cases),
         shared=compiled.metadata.shared,
         tile_bytes=tile_bytes,
-        excess=elements * tile_bytes / _launch.BLOCK / fewest if fewest else 1.0,
-        per_element=machine.pop("instructions") * _launch.THREADS / _launch.BLOCK,
+        excess=elements * tile_bytes / launching.BLOCK / fewest if fewest else 1.0,
+        per_element=machine.pop("instructions") * launching.THREADS / launching.BLOCK,
         roofline=fewest / target.bandwidth if case.large else None,
         **machine,
     )
@@ -191,40 +191,26 @@ def _read_hip(asm: Any) -> dict[str, Any]:
 
 def table(rows: Iterable[Report]) -> str:
     """The reports as aligned text."""
-    cells = [
-        [
-            "op",
-            "target",
-            "registers",
-            "spills",
-            "shared",
-            "accesses",
-            "moved",
-            "instructions",
-            "roofline",
-            "cases",
-        ],
-        ["", "", "", "", "bytes", "bits", "/ fewest", "/ element", "us", ""],
+    told = [
+        {
+            "op": row.op,
+            "target": row.target,
+            "registers": str(row.registers),
+            "spills": str(row.spills),
+            "shared B": str(row.shared),
+            "accesses x bits": " ".join(f"{n}x{bits}" for bits, n in sorted(row.accesses.items())),
+            "moved/fewest": f"{row.excess:.2f}",
+            "instructions/element": f"{row.per_element:.0f}",
+            "roofline us": f"{row.roofline * 1e6:.1f}" if row.roofline else "",
+            "cases": ", ".join(row.cases),
+        }
+        for row in rows
     ]
-    for row in rows:
-        cells.append(
-            [
-                row.op,
-                row.target,
-                str(row.registers),
-                str(row.spills),
-                str(row.shared),
-                " ".join(f"{n}x{bits}" for bits, n in sorted(row.accesses.items())),
-                f"{row.excess:.2f}",
-                f"{row.per_element:.0f}",
-                f"{row.roofline * 1e6:.1f}" if row.roofline else "",
-                ", ".join(row.cases),
-            ]
-        )
-    across = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = [list(told[0]), *(list(row.values()) for row in told)] if told else []
+    across = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, across, strict=True)).rstrip()
-        for line in cells
+        for line in lines
     )
 
 
@@ -245,8 +231,8 @@ def main() -> None:
         )
     )
     print(table(found))
-    for target in TARGETS:
-        print(f"{target.name}: {target.device}, {target.bandwidth / 1e12:.2f} TB/s assumed")
+    assumed = [f"{t.name} {t.device} {t.bandwidth / 1e12:.2f} TB/s" for t in TARGETS]
+    print(f"Nothing ran. Bandwidths assumed for the roofline: {', '.join(assumed)}.")
     if asked.json:
         asked.json.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
 

@@ -67,7 +67,8 @@ class Rollout:
             self.input = torch.cat([scaled] * self.copies)
         self.first = self.input[:batch]
         t = timesteps(table, max(self.copies, 1) * batch, device)
-        self.t_both, self.t = t.unbind(), t[:, :batch].unbind()
+        self.t_both = t.unbind()
+        self.t = t[:, :batch].unbind() if table.guided else self.t_both
         self.rows = torch.arange(len(table), device=device).unbind()
         self.columns = torch.from_numpy(table.float32()).to(device)
 

@@ -217,7 +217,7 @@ def _timesteps(
     schedule: NoiseSchedule, steps: int | None, spacing: Spacing, offset: int, usual: int
 ) -> NDArray[np.int64]:
     """The schedule's timesteps; `usual` is how many a spacing that implies none gets."""
-    if steps is None and spacing in SPACINGS:
+    if steps is None and isinstance(spacing, str) and spacing in SPACINGS:
         steps = min(usual, len(schedule))
     return schedule.timesteps(steps, spacing, offset)
 

@@ -167,6 +167,7 @@ class Trainer:
             steps=self.config.sample_steps,
             spacing="trailing",
             prediction=self.config.prediction,
+            clip=1.0,
         )
         x = sampler.sample(
             self.ema,

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.launch import Launch, launcher, tiled
-from fastdiff.kernels.tile import load, store, tile
+from .launch import Launch, launcher, tiled
+from .tile import load, store, tile
 
 
 @triton.jit

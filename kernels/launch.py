@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdiff.ops.layout import describe
+from ..ops.layout import describe
 
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
     raise ImportError(f"Triton {triton.__version__} is too old for these kernels: must be 3.4")

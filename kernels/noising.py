@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.launch import Launch, launcher, tiled
-from fastdiff.kernels.philox import normals
-from fastdiff.kernels.tile import load, store, tile
+from .launch import Launch, launcher, tiled
+from .philox import normals
+from .tile import load, store, tile
 
 
 @triton.jit(do_not_specialize=["row"])

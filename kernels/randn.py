@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.launch import Launch, launcher, tiled
-from fastdiff.kernels.philox import interleave, normals, words
-from fastdiff.kernels.tile import store, tile
+from .launch import Launch, launcher, tiled
+from .philox import interleave, normals, words
+from .tile import store, tile
 
 
 @triton.jit(do_not_specialize=["row"])

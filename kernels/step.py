@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.kernels.launch import Launch, launcher, tiled
-from fastdiff.kernels.philox import normals
-from fastdiff.kernels.tile import load, store, tile
-from fastdiff.table import COLUMNS
+from ..table import COLUMNS
+from .launch import Launch, launcher, tiled
+from .philox import normals
+from .tile import load, store, tile
 
 WIDTH = tl.constexpr(len(COLUMNS))
 _NAMES = ("c_in", "w", "px", "pm", "clip", "q", "a", "b", "c", "n", "s", "l", "d", "e")

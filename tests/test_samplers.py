@@ -290,6 +290,15 @@ def test_tables_are_printed_and_named_by_column():
     assert SAMPLERS["ddim"].table.float32().shape == (10, len(COLUMNS))
 
 
+def test_spacings_may_imply_the_steps():
+    assert len(DDIMSampler(schedule, spacing="ddim25").table) == 25
+    assert DDIMSampler(schedule, spacing=[999, 500, 0], prediction="v").timesteps[1] == 500
+    assert [len(s(schedule, prediction="v").timesteps) for s in (DDIMSampler, DDPMSampler)] == [
+        50,
+        1000,
+    ]
+
+
 sampler, x = SAMPLERS["ddim"], torch.zeros(SHAPE)
 noise_model = lambda x, t: x  # noqa: E731
 BAD = {

@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 #include "run.h"
+#include "simplify.h"
 
 namespace fd {
 namespace FD_ISA {
@@ -13,11 +14,10 @@ void cfg(Cfg op) {
     Buffer cond_buffer, uncond_buffer, out_buffer;
     const float* cond = read(op.m_cond, op.size, run, cond_buffer);
     const float* uncond = read(op.m_uncond, op.size, run, uncond_buffer);
-    const Place out = place(op.out, op.size, run, out_buffer);
+    float* out = place(op.out, op.size, run, out_buffer);
     const float w_1 = (op.weights ? op.weights[run.sample] : op.w) + 1.0f;
-    float* at = out.at;
 #pragma omp simd
-    for (int i = 0; i < run.count; ++i) at[i] = cfg_element(w_1, cond[i], uncond[i]);
+    for (int i = 0; i < run.count; ++i) out[i] = cfg_element(w_1, cond[i], uncond[i]);
     write(op.out, op.size, run, out);
   });
 }

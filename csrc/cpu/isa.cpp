@@ -1,3 +1,4 @@
+// The choice of the instruction set.
 #include <stdexcept>
 #include <string>
 
@@ -6,7 +7,7 @@
 namespace fd {
 namespace {
 
-// Best first.
+// Best first. Each asks for what build.py compiles it with.
 constexpr Kernels kAll[] = {
 #if defined(__x86_64__)
     {"avx512",
@@ -26,13 +27,11 @@ constexpr Kernels kAll[] = {
 
 const Kernels& kernels(const char* isa) {
   std::string known;
-  for (const Kernels& candidate : kAll) {
-    const bool named = isa && isa == std::string(candidate.isa);
-    if ((named || !isa) && candidate.runs_here()) return candidate;
-    if (named) throw std::invalid_argument("FASTDIFF_ISA=" + std::string(isa) + ": this processor cannot run it; unset it");
-    known += (known.empty() ? "" : ", ") + std::string(candidate.isa);
+  for (const Kernels& each : kAll) {
+    if ((!isa || each.isa == std::string(isa)) && each.runs_here()) return each;
+    if (each.runs_here()) known += (known.empty() ? "" : ", ") + std::string(each.isa);
   }
-  throw std::invalid_argument("FASTDIFF_ISA=" + std::string(isa) + ": must be one of " + known);
+  throw std::invalid_argument("FASTDIFF_ISA=" + std::string(isa) + ": this machine runs " + known);
 }
 
 }  // namespace fd

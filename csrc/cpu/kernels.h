@@ -1,5 +1,4 @@
-// The CPU kernels: each compiled for several instruction sets, of which the best is picked at run
-// time.
+// The CPU kernels: each compiled for several instruction sets, the best picked at run time.
 #pragma once
 
 #include "../cfg.h"
@@ -15,23 +14,24 @@ struct Kernels {
   void (*step)(Step);
   void (*noising)(Noising);
   void (*cfg)(Cfg);
-  void (*randn)(const Randn&);
+  void (*randn)(Randn);
 };
-
-#define FD_KERNELS(isa)                \
-  namespace isa {                      \
-  void step(Step);               \
-  void noising(Noising);         \
-  void cfg(Cfg);                 \
-  void randn(const Randn&);      \
-  }
-FD_KERNELS(scalar)
-FD_KERNELS(avx2)
-FD_KERNELS(avx512)
-#undef FD_KERNELS
 
 // The best for this machine, or the named one. invalid_argument for a name that is unknown or that
 // this machine cannot run.
 const Kernels& kernels(const char* isa);
+
+// Where the files of this folder, compiled with one of these as FD_ISA, put their kernel.
+#define FD_DECLARE(isa) \
+  namespace isa {       \
+  void step(Step);      \
+  void noising(Noising); \
+  void cfg(Cfg);        \
+  void randn(Randn);    \
+  }
+FD_DECLARE(scalar)
+FD_DECLARE(avx2)
+FD_DECLARE(avx512)
+#undef FD_DECLARE
 
 }  // namespace fd

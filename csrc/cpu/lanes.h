@@ -17,7 +17,7 @@ constexpr int kWidth = 4;
 #else
 constexpr int kWidth = 2;
 #endif
-constexpr int kParts = 4;  // worked on side by side: a product takes longer than a core looks ahead
+constexpr int kParts = 4;  // side by side: of one, each round would wait for the round before
 constexpr int kLanes = kParts * kWidth;
 
 typedef uint64_t Part __attribute__((vector_size(8 * kWidth)));

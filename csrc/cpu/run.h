@@ -20,7 +20,7 @@ struct alignas(64) Buffer {
   float at[kRunNoise];
 };
 
-// The three inner strides are those of a contiguous sample.
+// Whether the elements of a sample are adjacent.
 inline bool is_dense(const Operand& o, const Size& size) {
   int64_t step = 1;
   for (int d = 3; d > 0; step *= size.of[d--])
@@ -28,19 +28,17 @@ inline bool is_dense(const Operand& o, const Size& size) {
   return true;
 }
 
-// Calls body(offset, first, count, stride) for each stretch of the run that has one stride.
+// Calls body(offset, first, count, stride) for each part of the run that has one stride.
 template <class Body>
-FD_HOST_DEVICE void for_stretches(const Operand& o, const Size& size, const Run& run, Body body) {
-  if (is_dense(o, size)) {
-    body(run.sample * o.stride[0] + run.first, 0, run.count, int64_t{1});
-    return;
-  }
+FD_HOST_DEVICE void for_parts(const Operand& o, const Size& size, const Run& run, Body body) {
+  const int64_t start = run.sample * o.stride[0];
+  if (is_dense(o, size)) return body(start + run.first, 0, run.count, int64_t{1});
   for (int done = 0; done < run.count;) {
-    const int64_t index = run.first + done, column = index % size.of[3], line = index / size.of[3];
+    const int64_t column = (run.first + done) % size.of[3], line = (run.first + done) / size.of[3];
     const int64_t left = size.of[3] - column;
     const int count = left < run.count - done ? static_cast<int>(left) : run.count - done;
-    body(run.sample * o.stride[0] + line / size.of[2] * o.stride[1] +
-             line % size.of[2] * o.stride[2] + column * o.stride[3],
+    body(start + line / size.of[2] * o.stride[1] + line % size.of[2] * o.stride[2] +
+             column * o.stride[3],
          done, count, o.stride[3]);
     done += count;
   }
@@ -49,7 +47,7 @@ FD_HOST_DEVICE void for_stretches(const Operand& o, const Size& size, const Run&
 template <class T, class Decode>
 FD_HOST_DEVICE void gather(const Operand& o, const Size& size, const Run& run, float* values,
                            Decode decode) {
-  for_stretches(o, size, run, [&](int64_t offset, int first, int count, int64_t stride) {
+  for_parts(o, size, run, [&](int64_t offset, int first, int count, int64_t stride) {
     const T* from = static_cast<const T*>(o.data) + offset;
     float* to = values + first;
     if (stride == 1) {
@@ -64,55 +62,56 @@ FD_HOST_DEVICE void gather(const Operand& o, const Size& size, const Run& run, f
 template <class T, class Encode>
 FD_HOST_DEVICE void scatter(const Operand& o, const Size& size, const Run& run,
                             const float* values, Encode encode) {
-  for_stretches(o, size, run, [&](int64_t offset, int first, int count, int64_t stride) {
+  for_parts(o, size, run, [&](int64_t offset, int first, int count, int64_t stride) {
     T* to = static_cast<T*>(o.data) + offset;
     const float* from = values + first;
-    if (stride != 1) {
-      for (int i = 0; i < count; ++i) to[i * stride] = encode(from[i]);
-    } else {
+    if (stride == 1) {
 #pragma omp simd
       for (int i = 0; i < count; ++i) to[i] = encode(from[i]);
+    } else {
+      for (int i = 0; i < count; ++i) to[i * stride] = encode(from[i]);
     }
   });
+}
+
+FD_HOST_DEVICE float unchanged(float x) { return x; }
+
+// The run in memory, if its values can be used there; else null.
+inline float* in_place(const Operand& o, const Size& size, const Run& run) {
+  if (!o.data || o.dtype != DType::f32 || !is_dense(o, size)) return nullptr;
+  return static_cast<float*>(o.data) + run.sample * o.stride[0] + run.first;
 }
 
 // The run's values: in place, or in the buffer; null if the operand is absent.
 inline __attribute__((noinline)) const float* read(const Operand& o, const Size& size,
                                                    const Run& run, Buffer& buffer) {
   if (!o.data) return nullptr;
+  if (const float* values = in_place(o, size, run)) return values;
   if (o.dtype == DType::bf16)
     gather<uint16_t>(o, size, run, buffer.at, from_bf16);
   else if (o.dtype == DType::f16)
     gather<uint16_t>(o, size, run, buffer.at, from_f16);
-  else if (is_dense(o, size))
-    return static_cast<const float*>(o.data) + run.sample * o.stride[0] + run.first;
   else
-    gather<float>(o, size, run, buffer.at, [](float x) { return x; });
+    gather<float>(o, size, run, buffer.at, unchanged);
   return buffer.at;
 }
 
-// Where to compute the run's values: in memory if they can stay there, else in the buffer.
-struct Place {
-  float* at;
-  bool in_memory;
-};
-
-inline Place place(const Operand& o, const Size& size, const Run& run,
-                   Buffer& buffer) {
-  if (!o.data || o.dtype != DType::f32 || !is_dense(o, size))
-    return {buffer.at, false};
-  return {static_cast<float*>(o.data) + run.sample * o.stride[0] + run.first, true};
+// Where to compute the run's values: in place if they can stay there, else in the buffer.
+inline float* place(const Operand& o, const Size& size, const Run& run, Buffer& buffer) {
+  float* values = in_place(o, size, run);
+  return values ? values : buffer.at;
 }
 
+// Brings values to the operand, unless they are in place or it is absent.
 inline __attribute__((noinline)) void write(const Operand& o, const Size& size, const Run& run,
-                                            const Place& values) {
-  if (!o.data || values.in_memory) return;
+                                            const float* values) {
+  if (!o.data || values == in_place(o, size, run)) return;
   if (o.dtype == DType::bf16)
-    scatter<uint16_t>(o, size, run, values.at, to_bf16);
+    scatter<uint16_t>(o, size, run, values, to_bf16);
   else if (o.dtype == DType::f16)
-    scatter<uint16_t>(o, size, run, values.at, to_f16);
+    scatter<uint16_t>(o, size, run, values, to_f16);
   else
-    scatter<float>(o, size, run, values.at, [](float x) { return x; });
+    scatter<float>(o, size, run, values, unchanged);
 }
 
 // How an op's elements are cut into runs. Where the last dimension is long, runs of its parallel
@@ -122,7 +121,7 @@ struct Runs {
 
   explicit Runs(const Size& size)
       : lines(size.of[3] >= kRun / 4 ? size.of[1] * size.of[2] : 1),
-        length(size.sample() / (lines ? lines : 1)),
+        length(size.sample() / lines),
         chunks((length + kRun - 1) / kRun),
         count(size.of[0] * chunks * lines) {}
 
@@ -134,45 +133,12 @@ struct Runs {
   }
 };
 
-// Runs `body(run)` over all elements; with several threads if they are many.
+// body(run) for all elements; on several threads if they are many.
 template <class Body>
 inline void for_runs(const Size& size, const Body& body) {
+  if (size.all() == 0) return;
   const Runs runs(size);
-  const bool large = size.all() >= kLarge;
-  for_each(runs.count, large, [&](int64_t i) { body(runs[i]); });
-}
-
-// Dimensions `from` to 3 in the order of memory, neighbours that all operands walk in one stride
-// as one: fewer and longer. For an op to which the order of these dimensions is nothing.
-template <int operands>
-inline void simplify(int from, Size& size, Operand* const (&all)[operands]) {
-  const auto move = [&](int to, int d) {  // dimension d to place `to`, those between one up
-    const auto rotate = [&](int64_t* v) {
-      const int64_t moved = v[d];
-      for (int k = d; k > to; --k) v[k] = v[k - 1];
-      v[to] = moved;
-    };
-    rotate(size.of);
-    for (Operand* o : all) rotate(o->stride);
-  };
-  const auto order = [&](int d) { return size.of[d] == 1 ? INT64_MAX : all[0]->stride[d]; };
-  for (int d = from + 1; d < 4; ++d) {
-    int to = d;
-    while (to > from && order(to - 1) < order(d)) --to;
-    move(to, d);
-  }
-  for (int d = 3; d > from;) {
-    bool merges = size.of[d - 1] != 1;
-    for (const Operand* o : all)
-      merges = merges && (!o->data || o->stride[d - 1] == o->stride[d] * size.of[d]);
-    if (merges) {
-      size.of[d] *= size.of[d - 1];
-      size.of[d - 1] = 1;
-      move(from, d - 1);
-    } else {
-      --d;
-    }
-  }
+  for_each(runs.count, size.all() >= kLarge, [&](int64_t i) { body(runs[i]); });
 }
 
 }  // namespace

@@ -1,0 +1,27 @@
+// Runs the tests; the exit status is 1 if a check failed.
+#include <cstring>
+#include <stdexcept>
+
+#include "../cpu/kernels.h"
+#include "check.h"
+
+int main() {
+  test_tensor();
+  test_words();
+  test_normals();
+  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+    try {
+      const fd::Kernels& kernels = fd::kernels(isa);
+      CHECK(std::strcmp(kernels.isa, isa) == 0, "asked for %s, got %s", isa, kernels.isa);
+      test_randn(kernels);
+      test_step(kernels);
+      test_noising(kernels);
+      test_cfg(kernels);
+      std::printf("%s: tested\n", isa);
+    } catch (const std::invalid_argument& error) {
+      std::printf("%s: not tested: %s\n", isa, error.what());
+    }
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
