@@ -109,7 +109,7 @@ def test(folder: Path) -> int:
     objects = " ".join(out for _, out, _, _ in edges)
     edges.append(("link", "tests", objects, "-fopenmp"))
     sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    _run_ninja(folder, f"-O1 -g -Wall -Wextra -Werror {sanitize}", edges)
+    _run_ninja(folder, f"-O1 -g1 -Wall -Wextra -Werror {sanitize}", edges)
     return subprocess.run([str(folder.resolve() / "tests")]).returncode
 
 

@@ -45,7 +45,7 @@ def backend(name: str) -> Iterator[None]:
 
 def missing(name: str) -> str | None:
     """Why a backend cannot be used here, or None if it can."""
-    module = {"cpp": "fastdiff._C", "triton": "triton"}.get(name)
+    module = {"cpp": "fastdiff._C", "triton": "fastdiff.kernels.launch"}.get(name)
     try:
         if module:
             importlib.import_module(module)

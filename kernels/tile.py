@@ -8,7 +8,7 @@ import triton.language as tl
 def tile(shape, BLOCK: tl.constexpr):
     """This program's sample, and its elements: the first, as int64, and which of BLOCK exist."""
     count = shape[0]
-    blocks = tl.cdiv(count, BLOCK)
+    blocks = (count - 1) // BLOCK + 1  # tl.cdiv overflows near 2^31
     program = tl.program_id(0)
     start = (program % blocks).to(tl.int64) * BLOCK
     live = tl.arange(0, BLOCK) < count - start

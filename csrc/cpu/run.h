@@ -44,9 +44,8 @@ FD_HOST_DEVICE void for_parts(const Operand& o, const Size& size, const Run& run
   }
 }
 
-template <class T, class Decode>
-FD_HOST_DEVICE void gather(const Operand& o, const Size& size, const Run& run, float* values,
-                           Decode decode) {
+template <class T, float decode(T)>
+FD_HOST_DEVICE void gather(const Operand& o, const Size& size, const Run& run, float* values) {
   for_parts(o, size, run, [&](int64_t offset, int first, int count, int64_t stride) {
     const T* from = static_cast<const T*>(o.data) + offset;
     float* to = values + first;
@@ -54,14 +53,15 @@ FD_HOST_DEVICE void gather(const Operand& o, const Size& size, const Run& run, f
 #pragma omp simd
       for (int i = 0; i < count; ++i) to[i] = decode(from[i]);
     } else {
+#pragma omp simd
       for (int i = 0; i < count; ++i) to[i] = decode(from[i * stride]);
     }
   });
 }
 
-template <class T, class Encode>
+template <class T, T encode(float)>
 FD_HOST_DEVICE void scatter(const Operand& o, const Size& size, const Run& run,
-                            const float* values, Encode encode) {
+                            const float* values) {
   for_parts(o, size, run, [&](int64_t offset, int first, int count, int64_t stride) {
     T* to = static_cast<T*>(o.data) + offset;
     const float* from = values + first;
@@ -69,6 +69,7 @@ FD_HOST_DEVICE void scatter(const Operand& o, const Size& size, const Run& run,
 #pragma omp simd
       for (int i = 0; i < count; ++i) to[i] = encode(from[i]);
     } else {
+#pragma omp simd
       for (int i = 0; i < count; ++i) to[i * stride] = encode(from[i]);
     }
   });
@@ -88,11 +89,11 @@ inline __attribute__((noinline)) const float* read(const Operand& o, const Size&
   if (!o.data) return nullptr;
   if (const float* values = in_place(o, size, run)) return values;
   if (o.dtype == DType::bf16)
-    gather<uint16_t>(o, size, run, buffer.at, from_bf16);
+    gather<uint16_t, from_bf16>(o, size, run, buffer.at);
   else if (o.dtype == DType::f16)
-    gather<uint16_t>(o, size, run, buffer.at, from_f16);
+    gather<uint16_t, from_f16>(o, size, run, buffer.at);
   else
-    gather<float>(o, size, run, buffer.at, unchanged);
+    gather<float, unchanged>(o, size, run, buffer.at);
   return buffer.at;
 }
 
@@ -107,11 +108,11 @@ inline __attribute__((noinline)) void write(const Operand& o, const Size& size, 
                                             const float* values) {
   if (!o.data || values == in_place(o, size, run)) return;
   if (o.dtype == DType::bf16)
-    scatter<uint16_t>(o, size, run, values, to_bf16);
+    scatter<uint16_t, to_bf16>(o, size, run, values);
   else if (o.dtype == DType::f16)
-    scatter<uint16_t>(o, size, run, values, to_f16);
+    scatter<uint16_t, to_f16>(o, size, run, values);
   else
-    scatter<float>(o, size, run, values, unchanged);
+    scatter<float, unchanged>(o, size, run, values);
 }
 
 // How an op's elements are cut into runs. Where the last dimension is long, runs of its parallel

@@ -40,6 +40,7 @@ def reference(
     streams: Tensor | None = None,
     copies: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    row = row.reshape(())
     k = dict(zip(COLUMNS, table[row].to(x.dtype).unbind(), strict=True))
     dtype, m = m.dtype, m.to(x.dtype)
     if m_u is not None:

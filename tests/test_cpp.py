@@ -1,0 +1,143 @@
+"""What only the C++ kernels have: instruction sets, threads, the calls of _C and their errors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastdiff.ops import OPS, streams_of
+
+_C = pytest.importorskip("fastdiff._C", reason="installed without a C++ compiler")
+
+
+def child(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_each_instruction_set_gets_every_case_right(isa):
+    run = child(
+        "import torch; from tests.helpers import errors_of; from fastdiff.ops import OPS\n"
+        "import fastdiff._C as _C; print(_C.isa())\n"
+        "for op in OPS.values():\n"
+        "    for case in op.cases():\n"
+        "        if not case.large:\n"
+        "            for name, (error, allowed) in errors_of(op, case, op.cpp).items():\n"
+        "                assert error <= allowed, (op.name, case.name, name, error, allowed)\n",
+        FASTDIFF_ISA=isa,
+        PYTHONPATH=os.pathsep.join([*sys.path, str(os.getcwd())]),
+    )
+    if run.returncode and "this machine runs" in run.stderr:
+        assert isa not in run.stderr.partition("this machine runs")[2]
+        return
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == isa
+
+
+def test_an_unknown_instruction_set_is_refused():
+    run = child("import torch, fastdiff._C", FASTDIFF_ISA="avx1024")
+    assert run.returncode and "FASTDIFF_ISA=avx1024: this machine runs" in run.stderr
+
+
+def test_one_openmp_runtime_is_in_the_process_and_ours_uses_it():
+    run = child(
+        "import torch, fastdiff; from fastdiff import _C\n"
+        "torch.set_num_threads(2)\n"
+        "torch.ops.fastdiff.randn((4, 20000), fastdiff.ops.streams_of(0, 4), 0, False)\n"
+        "lines = [l.split()[-1] for l in open('/proc/self/maps')]\n"
+        "maps = {l for l in lines if 'omp.so' in l or 'omp5.so' in l}\n"
+        "print(_C.threaded(), len(maps))"
+    )
+    assert run.stdout.split() == ["True", "1"], run.stderr
+
+
+def test_without_torch_the_module_loads_and_works_on_one_thread():
+    run = child(
+        "from importlib import util, machinery\n"
+        f"loader = machinery.ExtensionFileLoader('_C', {_C.__file__!r})\n"
+        "module = util.module_from_spec(util.spec_from_loader('_C', loader))\n"
+        "loader.exec_module(module)\n"
+        "import ctypes; out = (ctypes.c_uint32 * 4)(); streams = (ctypes.c_int64 * 2)()\n"
+        "module.randn(1, 4, ctypes.addressof(streams), 0, True, ctypes.addressof(out))\n"
+        "print(module.threaded(), *map(hex, out))"
+    )
+    words = ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    assert run.stdout.split() == ["False", *words], run.stderr
+
+
+def arguments(case, size=None):
+    inputs = next(c for c in OPS["step"].cases() if c.name == case).inputs("cpu")
+    if size is None:
+        return inputs
+    x, m = torch.randn(size), torch.randn(size)
+    return (x, m, *inputs[2:9], streams_of(1, size[0]), 0)
+
+
+def test_results_are_the_same_bits_on_any_number_of_threads():
+    inputs = arguments("ddpm", (3, 5, 101, 103))
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(OPS["step"].call(*inputs)[0])
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_results_are_the_same_bits_in_any_layout_and_batch():
+    x, m, table, row, *rest, streams, _ = arguments("ddpm", (3, 4, 33, 7))
+    step = OPS["step"].call
+    dense = step(x, m, table, row, *rest, streams, 0)[0]
+    last = torch.channels_last
+    for a, b in [
+        (x.contiguous(memory_format=last), m),
+        (x, m.contiguous(memory_format=last)),
+        (x.contiguous(memory_format=last), m.contiguous(memory_format=last)),
+        (x.repeat_interleave(2, -1)[..., ::2], torch.cat([m, m], 1).chunk(2, 1)[1]),
+    ]:
+        assert torch.equal(step(a, b, table, row, *rest, streams, 0)[0], dense)
+    one = step(x[1:2], m[1:2], table, row, *rest, streams[1:2], 0)[0]
+    assert torch.equal(one, dense[1:2])
+
+
+def test_nan_passes_the_clamp():
+    x, m, *rest = arguments("ddim")
+    x = x.clone()
+    x[0, 0, 0, :3] = torch.nan
+    out = OPS["step"].call(x, m, *rest)[0]
+    assert out.isnan().sum() == 3 and out[0, 0, 0, :3].isnan().all()
+
+
+def test_strides_beyond_32_bits(tmp_path):
+    """Two samples 2^31 elements apart, in a file that is empty between them."""
+    storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=(1 << 31) + 128)
+    x = storage.as_strided((2, 64), ((1 << 31) + 64, 1))
+    x.copy_(torch.randn(2, 64))
+    _, _, table, row, *rest = arguments("ddim")
+    m = torch.randn(2, 64)
+    far = OPS["step"].call(x, m, table, row, *rest)[0]
+    assert torch.equal(far, OPS["step"].call(x.contiguous(), m, table, row, *rest)[0])
+
+
+def test_rows_and_timesteps_out_of_the_table_are_refused():
+    x, m, table, _, *rest = arguments("ddim")
+    for row in (-1, len(table)):
+        with pytest.raises(ValueError, match=rf"row={row}: must be in \[0, 3\)"):
+            OPS["step"].call(x, m, table, torch.tensor(row), *rest)
+    for t in (-1, 7):
+        with pytest.raises(ValueError, match=rf"t={t}: must be in \[0, 7\)"):
+            OPS["noising"].call(x, torch.tensor([0, t]), torch.ones(7, 4), x, None, 0)
+
+
+def test_more_than_three_dimensions_of_unlike_strides_are_refused():
+    x = torch.randn(2, 3, 4, 5, 6)
+    m = x.permute(0, 4, 3, 2, 1).contiguous().permute(0, 4, 3, 2, 1)
+    with pytest.raises(ValueError, match="contiguous"):
+        OPS["cfg"].call(x, m, None, 1.0)

@@ -1,0 +1,21 @@
+"""The plain C++ tests of csrc/tests, under the address and undefined-behaviour sanitizers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+sys.path.insert(0, str(CSRC))
+import build  # noqa: E402
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+def test_kernels_in_plain_cpp(tmp_path):
+    run = subprocess.run(
+        [sys.executable, CSRC / "build.py", tmp_path], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith("0 failures\n")
+    assert "scalar: tested" in run.stdout

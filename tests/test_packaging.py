@@ -1,0 +1,112 @@
+"""pip install ., pip install -e . and a wheel, into a fresh environment outside the checkout."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TREE = ["csrc", "fastdiff", "kernels", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md"]
+TREE += ["LICENSE"]
+
+USE = """
+import torch, fastdiff, fastdiff.kernels, fastdiff.models, fastdiff.op, sys
+from pathlib import Path
+here = Path(fastdiff.__file__).parent
+streams = fastdiff.ops.streams_of(0, 1)
+with fastdiff.backend("reference"):
+    expected = fastdiff.ops.randn((1, 8))
+assert torch.allclose(fastdiff.ops.randn((1, 8)), expected, atol=1e-6)
+assert sorted(p.name for p in (here / "assets").rglob("*") if p.is_file()) == sys.argv[1].split()
+print(here, fastdiff.op.missing("cpp") is None)
+"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what is packaged; its build folder is shared, so that C++ compiles once."""
+    root = tmp_path_factory.mktemp("tree")
+    for name in TREE:
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """The python of a fresh environment that has our dependencies, but not our own install."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    # a path named in a .pth file is searched, its own .pth files (our editable install) are not
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def run(*command, cwd, **environment):
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=clean | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def pip(python, *arguments, cwd, **environment):
+    command = (python, "-m", "pip", "install", "--no-deps", "--quiet", "--force-reinstall")
+    return run(*command, "--disable-pip-version-check", *arguments, cwd=cwd, **environment)
+
+
+def use(python, cwd, tree):
+    """Where the installed package is, and whether it has its C++ kernels; it must work."""
+    assets = sorted(p.name for p in (tree / "fastdiff/assets").rglob("*") if p.is_file())
+    where, has_kernels = run(python, "-c", USE, " ".join(assets), cwd=cwd).split()
+    return Path(where), has_kernels == "True"
+
+
+def test_pip_install_in_isolation(tree, fresh, tmp_path):
+    pip(fresh, tree, cwd=tmp_path)
+    where, has_kernels = use(fresh, tmp_path, tree)
+    assert where.is_relative_to(fresh.parents[1]) and has_kernels
+    command = fresh.parent / "fastdiff"
+    assert "no C++ kernels" not in run(command, "doctor", cwd=tmp_path)
+
+
+def test_wheel(tree, fresh, tmp_path):
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, tree, cwd=tree)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "none-any" not in wheel.name
+    pip(fresh, wheel, cwd=tmp_path)
+    where, has_kernels = use(fresh, tmp_path, tree)
+    assert where.is_relative_to(fresh.parents[1]) and has_kernels
+
+
+def test_editable_install_is_live(tree, fresh, tmp_path):
+    pip(fresh, "--no-build-isolation", "-e", tree, cwd=tmp_path)
+    where, has_kernels = use(fresh, tmp_path, tree)
+    assert where == tree / "fastdiff" and has_kernels
+    for module, file in {"fastdiff.ops": "fastdiff/ops", "fastdiff.kernels": "kernels"}.items():
+        with (tree / file / "__init__.py").open("a") as f:
+            f.write("\nLIVE = 7\n")
+        assert run(fresh, "-c", f"import {module} as m; print(m.LIVE)", cwd=tmp_path) == "7\n"
+
+
+def test_without_a_compiler_the_package_installs_and_runs(tree, fresh, tmp_path):
+    shutil.rmtree(tree / "fastdiff.egg-info", ignore_errors=True)
+    for built in (tree / "fastdiff").glob("*.so"):
+        built.unlink()
+    command = (fresh, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, tree)
+    told = run(*command, cwd=tmp_path, PATH="/nowhere", CXX="")
+    assert "no C++ compiler" in told
+    (wheel,) = tmp_path.glob("*.whl")
+    pip(fresh, wheel, cwd=tmp_path)
+    where, has_kernels = use(fresh, tmp_path, tree)
+    assert where.is_relative_to(fresh.parents[1]) and not has_kernels
