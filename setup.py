@@ -41,6 +41,7 @@ setup(
     packages=sorted(set(packages)),
     package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
     package_data={"fastdiff": ["assets/**"]},
+    include_package_data=False,
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -58,14 +58,14 @@ class Unlocked {
   std::optional<py::gil_scoped_release> release_;
 };
 
-void check_row(int64_t row, int64_t rows) {
+void check_in_table(const char* name, int64_t row, int64_t rows) {
   if (row < 0 || row >= rows)
-    throw py::value_error("row=" + std::to_string(row) + ": must be in [0, " +
+    throw py::value_error(name + ("=" + std::to_string(row)) + ": must be in [0, " +
                           std::to_string(rows) + "), the table's rows");
 }
 
 void run_step(const Step& op) {
-  check_row(*op.row, op.rows);
+  check_in_table("row", *op.row, op.rows);
   const Unlocked unlocked(op.size.all());
   active().step(op);
 }
@@ -78,34 +78,49 @@ void step(int64_t table, int64_t rows, int64_t row, int64_t streams, int64_t cop
             operand(o[8]), operand(o[9])});
 }
 
-// As step, of contiguous tensors; 0 is the address of an absent one. The dtype is the model's.
-void step_dense(int64_t samples, int64_t all, int64_t table, int64_t rows, int64_t row,
-                int64_t streams, int64_t copies, int dtype, int64_t x, int64_t m, int64_t m_u,
-                int64_t v, int64_t g, int64_t h, int64_t z, int64_t x_next, int64_t h_next,
-                int64_t model_input) {
-  const int64_t elements = samples ? all / samples : 0;
-  const auto state = [&](int64_t address) { return dense(address, DType::f32, elements); };
-  const auto model = [&](int64_t address) {
-    return dense(address, static_cast<DType>(dtype), elements);
-  };
-  run_step({{{samples, 1, 1, elements}}, pointer<const float>(table), rows,
-            pointer<const int64_t>(row), pointer<const int64_t>(streams), copies, state(x),
-            model(m), model(m_u), model(v), state(g), state(h), state(z), state(x_next),
-            state(h_next), model(model_input)});
+// As step, of contiguous tensors: (samples, elements of all, table, rows, row, streams, copies,
+// the model's dtype, x, m, m_u, v, g, h, z, x_next, h_next, model_input), 0 for an absent one.
+// A plain C function, since pybind11 takes as long over 18 integers as a small step itself.
+PyObject* step_dense(PyObject*, PyObject* const* values, Py_ssize_t count) {
+  constexpr Py_ssize_t kValues = 18;
+  if (count != kValues) return PyErr_Format(PyExc_TypeError, "step_dense: takes 18 integers");
+  int64_t v[kValues];
+  for (Py_ssize_t i = 0; i < kValues; ++i) {
+    v[i] = PyLong_AsLongLong(values[i]);
+    if (v[i] == -1 && PyErr_Occurred()) return nullptr;
+  }
+  const int64_t elements = v[0] ? v[1] / v[0] : 0;
+  const auto state = [&](int i) { return dense(v[i], DType::f32, elements); };
+  const auto model = [&](int i) { return dense(v[i], static_cast<DType>(v[7]), elements); };
+  try {
+    run_step({{{v[0], 1, 1, elements}}, pointer<const float>(v[2]), v[3],
+              pointer<const int64_t>(v[4]), pointer<const int64_t>(v[5]), v[6], state(8), model(9),
+              model(10), model(11), state(12), state(13), state(14), state(15), state(16),
+              model(17)});
+  } catch (const std::exception& error) {
+    return PyErr_Format(PyExc_ValueError, "%s", error.what());
+  }
+  Py_RETURN_NONE;
 }
+
+PyMethodDef step_dense_method = {"step_dense",
+                                 reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(step_dense)),
+                                 METH_FASTCALL, "The step of contiguous tensors."};
 
 void noising(int64_t t, int64_t table, int64_t rows, int64_t streams, uint32_t row,
              const py::tuple& size, const py::list& o) {
-  const Noising op = {size_of(size),    pointer<const int64_t>(t),       pointer<const float>(table),
-                      rows,             pointer<const int64_t>(streams), row,
-                      operand(o[0]),    operand(o[1]),                   operand(o[2]),
+  const Noising op = {size_of(size),
+                      pointer<const int64_t>(t),
+                      pointer<const float>(table),
+                      rows,
+                      pointer<const int64_t>(streams),
+                      row,
+                      operand(o[0]),
+                      operand(o[1]),
+                      operand(o[2]),
                       operand(o[3])};
-  for (int64_t sample = 0; sample < op.size.of[0]; ++sample) {
-    const int64_t at = op.t[sample];
-    if (at < 0 || at >= rows)
-      throw py::value_error("t=" + std::to_string(at) + ": must be in [0, " +
-                            std::to_string(rows) + "), the table's rows");
-  }
+  for (int64_t sample = 0; sample < op.size.of[0]; ++sample)
+    check_in_table("t", op.t[sample], rows);
   const Unlocked unlocked(op.size.all());
   active().noising(op);
 }
@@ -132,7 +147,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa", [] { return active().isa; }, "The instruction set picked for this machine.");
   module.def("threaded", &has_threads, "Whether an OpenMP runtime was found in the process.");
   module.def("step", &step);
-  module.def("step_dense", &step_dense);
+  module.add_object("step_dense", PyCFunction_New(&step_dense_method, nullptr));
   module.def("noising", &noising);
   module.def("cfg", &cfg);
   module.def("randn", &randn);

@@ -70,7 +70,7 @@ class Rollout:
         self.t_both = t.unbind()
         self.t = t[:, :batch].unbind() if table.guided else self.t_both
         self.rows = torch.arange(len(table), device=device).unbind()
-        self.columns = torch.from_numpy(table.float32()).to(device)
+        self.columns = table.tensor(device)
 
     def run(self, i: int, preview: Tensor | None = None) -> Tensor | None:
         """Run row i in place. With the columns of `previews(table)`, return the predicted x0."""

@@ -94,7 +94,7 @@ class Sampler:
         )
         preview = None
         if callback is not None:
-            preview = torch.from_numpy(previews(table).float32()).to(start.device)
+            preview = previews(table).tensor(start.device)
         for i in tqdm(range(len(table)), desc=table.name, disable=not progress):
             x0 = rollout.run(i, preview)
             if callback is not None and x0 is not None:
@@ -171,7 +171,7 @@ class Sampler:
     def _on(self, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The table's columns and row numbers on a device, made once."""
         if device not in self._tables:
-            columns = torch.from_numpy(self.table.float32()).to(device)
+            columns = self.table.tensor(device)
             self._tables[device] = columns, torch.arange(len(self.table), device=device).unbind()
         return self._tables[device]
 

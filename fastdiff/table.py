@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
@@ -89,9 +90,9 @@ class Table:
         """float64 [R, 15], columns in the order of COLUMNS."""
         return np.stack([getattr(self, name) for name in COLUMNS], axis=1)
 
-    def float32(self) -> NDArray[np.float32]:
-        """float32 [R, 15], contiguous: what a kernel reads."""
-        return np.ascontiguousarray(self.numpy(), np.float32)
+    def tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """float32 [R, 15], contiguous, on a device: what `ops.step` reads."""
+        return torch.from_numpy(self.numpy().astype(np.float32)).to(device)
 
     # Which operands the rows use at all; each decides what a kernel is compiled to read.
 

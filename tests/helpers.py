@@ -53,7 +53,7 @@ def errors_of(op, case, launch, truncates=()):
         if not ours.is_floating_point() or not ours.numel():
             errors[name] = (float((ours.long() != truth.long()).sum()), 0.0)
             continue
-        truth = truth.double()
+        truth, torchs = truth.double(), torchs.to(ours.dtype)
         error, theirs = ((value.double() - truth).abs().max().item() for value in (ours, torchs))
         half_unit = torch.finfo(ours.dtype).eps / 2 * truth.abs().max().item()
         allowed = 2 * theirs + noise + (half_unit if ours.dtype in truncates else 0)

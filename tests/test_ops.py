@@ -11,6 +11,7 @@ from helpers import CASES, errors_of, poisoned
 import fastdiff
 from fastdiff.op import missing
 from fastdiff.ops import OPS
+from fastdiff.table import COLUMNS
 
 BACKENDS = ["reference"] + [name for name in ("cpp",) if not missing(name)]
 
@@ -168,6 +169,23 @@ def test_a_step_in_place_is_the_step():
     op.write(*inputs, x_next=x, h_next=h, model_input=model_input)
     for a, b in zip((x, h, model_input), expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("given, wanted", [(16, 32), (32, 16)])
+def test_the_model_may_take_another_dtype_than_it_gives(backend, given, wanted):
+    """Under autocast a network takes float32 and gives bfloat16; others do it the other way."""
+    dtypes = {16: torch.bfloat16, 32: torch.float32}
+    op = OPS["step"]
+    x, m, *rest = next(case for case in op.cases() if case.name == "guided").inputs("cpu")
+    rest[2] = rest[2].to(dtypes[given])  # m_u
+    inputs = (x, m.to(dtypes[given]), *rest)
+    out, model_input = torch.empty_like(x), torch.full((4, *x.shape[1:]), torch.nan)
+    model_input = model_input.to(dtypes[wanted])
+    with fastdiff.backend(backend):
+        op.write(*inputs, x_next=out, h_next=None, model_input=model_input)
+    scaled = (out * rest[0][2, COLUMNS.index("c_in")]).to(dtypes[wanted])
+    assert torch.equal(model_input, torch.cat([scaled, scaled]))
 
 
 def test_clamp_passes_nan_on():

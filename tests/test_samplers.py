@@ -256,6 +256,27 @@ def test_state_is_float32_for_a_half_precision_network():
     assert DDIMSampler(schedule, 3, prediction="v").sample(unet, SHAPE).dtype is torch.float32
 
 
+@pytest.mark.parametrize("parameters, output", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_network_may_give_another_dtype_than_it_takes(parameters, output):
+    """As under autocast, where float32 networks give bfloat16."""
+    parameters, output = getattr(torch, parameters), getattr(torch, output)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.ones((), dtype=parameters))
+
+        def forward(self, x, t, cond):
+            assert x.dtype is parameters
+            return model(x.float(), t, cond).to(output)
+
+    cond = torch.ones(4)
+    run = {"cond": cond, "uncond": 0.5 * cond, "guidance": 1.0}
+    ours = SAMPLERS["ddim"].sample(Net(), SHAPE, **run)
+    exact = SAMPLERS["ddim"].sample(model, SHAPE, **run)
+    assert (ours - exact).norm() < 0.05 * exact.norm()
+
+
 def test_interpolation_stays_on_the_sphere_and_meets_both_ends():
     a, b = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64)
     out = interpolate(a, b, [0, 0.25, 0.5, 1])
@@ -287,7 +308,7 @@ def test_diffusers_models_run_as_they_are():
 def test_tables_are_printed_and_named_by_column():
     text = repr(SAMPLERS["ddim"])
     assert "DDIMSampler" in text and "10 rows" in text
-    assert SAMPLERS["ddim"].table.float32().shape == (10, len(COLUMNS))
+    assert SAMPLERS["ddim"].table.tensor().shape == (10, len(COLUMNS))
 
 
 def test_spacings_may_imply_the_steps():

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from fastdiff import tables
 from fastdiff.schedule import NoiseSchedule
@@ -29,10 +30,9 @@ def test_columns_are_float64_of_one_length_and_in_order() -> None:
     assert table.numpy().dtype == np.float64
     for i, name in enumerate(COLUMNS):
         np.testing.assert_array_equal(table.numpy()[:, i], getattr(table, name))
-    narrow = table.float32()
-    assert narrow.dtype == np.float32
-    assert narrow.flags.c_contiguous
-    np.testing.assert_array_equal(narrow, table.numpy().astype(np.float32))
+    narrow = table.tensor()
+    assert narrow.dtype == torch.float32 and narrow.is_contiguous()
+    np.testing.assert_array_equal(narrow.numpy(), table.numpy().astype(np.float32))
     defaults = {"c_in": 1, "clip": math.inf, "w": 0, "q": 0, "c": 0, "n": 0, "l": 0, "d": 0, "e": 0}
     for name, value in defaults.items():
         np.testing.assert_array_equal(getattr(table, name), np.full(3, value))

@@ -23,17 +23,16 @@ struct alignas(64) Words {
 // The words of all blocks that have an element of the run.
 FD_HOST_DEVICE void make_words(const Stream& stream, int64_t first, int count, Words& words) {
   const int blocks = static_cast<int>((first % 4 + count + 3) / 4);
+  words.pairs = (blocks + kLanes - 1) / kLanes * kLanes * 2;
   Lanes block(static_cast<uint64_t>(first / 4));
   for (int i = 0; i < kLanes; ++i) block.part[i / kWidth][i % kWidth] += i;
-  words.pairs = 0;
-  for (int j = 0; j < blocks; j += kLanes) {
+  for (int pair = 0; pair < words.pairs; pair += 2 * kLanes) {
     const Block<Lanes> r = philox(stream, block);
     for (int k = 0; k < kParts; ++k) {
       const Part even = (r.word[0].part[k] & 0xffffffffu) | r.word[2].part[k] << 32;
       const Part odd = (r.word[1].part[k] & 0xffffffffu) | r.word[3].part[k] << 32;
-      memcpy(words.even + words.pairs, &even, sizeof even);
-      memcpy(words.odd + words.pairs, &odd, sizeof odd);
-      words.pairs += 2 * kWidth;
+      memcpy(words.even + pair + 2 * k * kWidth, &even, sizeof even);
+      memcpy(words.odd + pair + 2 * k * kWidth, &odd, sizeof odd);
       block.part[k] += kLanes;
     }
   }

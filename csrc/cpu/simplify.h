@@ -11,6 +11,7 @@ namespace {
 template <int operands>
 inline void simplify(int from, Size& size, Operand* const (&all)[operands]) {
   const auto move = [&](int d, int to) {  // to a lower place; those between go one up
+    if (d == to) return;
     const auto rotate = [&](int64_t* v) {
       const int64_t moved = v[d];
       for (int k = d; k > to; --k) v[k] = v[k - 1];

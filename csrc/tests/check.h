@@ -22,6 +22,7 @@ struct Kernels;
 void test_tensor();
 void test_words();
 void test_normals();
+void test_functions();
 void test_randn(const fd::Kernels&);
 void test_step(const fd::Kernels&);
 void test_noising(const fd::Kernels&);

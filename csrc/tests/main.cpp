@@ -9,6 +9,7 @@ int main() {
   test_tensor();
   test_words();
   test_normals();
+  test_functions();
   for (const char* isa : {"scalar", "avx2", "avx512"}) {
     try {
       const fd::Kernels& kernels = fd::kernels(isa);

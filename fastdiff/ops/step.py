@@ -4,7 +4,7 @@
     D  = clamp(px x + pm m, -clip, +clip) + q r^2 g,      r = exp(l v), 1 without v
     x' = a x + b D + c h + n m + s r z         z: given, or made from the samples' streams
     h' = d x + e D
-    model_input = c_in x'                      c_in of the next row; in m's dtype; `copies` times
+    model_input = c_in x'                      c_in of the next row; `copies` times along the batch
 
 What is absent (m_u, v, g, h, z and streams) takes no part, so a sampler passes what its table's
 flags say. The state is float32 whatever the model's dtype: a bfloat16 state loses 1000 steps.
@@ -24,7 +24,9 @@ from .layout import _C, DTYPES, describe, element_bytes
 from .randn import check_streams, streams_of
 from .randn import reference as randn_reference
 
-_WIDTH, _NOTHING = len(COLUMNS), (None,) * 6
+_WIDTH, _ROW_STRIDE, _NOTHING = len(COLUMNS), (len(COLUMNS), 1), (None,) * 6
+_is_compiling = torch.compiler.is_compiling
+_listeners = torch._C._len_torch_dispatch_stack
 
 
 def reference(
@@ -42,7 +44,7 @@ def reference(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     row = row.reshape(())
     k = dict(zip(COLUMNS, table[row].to(x.dtype).unbind(), strict=True))
-    dtype, m = m.dtype, m.to(x.dtype)
+    m = m.to(x.dtype)
     if m_u is not None:
         m = m_u.to(x.dtype) + (k["w"] + 1) * (m - m_u.to(x.dtype))
     r = torch.exp(k["l"] * v.to(x.dtype)) if v is not None else 1.0
@@ -60,7 +62,7 @@ def reference(
     if not copies:
         return x_next, h_next, None
     c_in = table[(row + 1).clamp(max=len(table) - 1), COLUMNS.index("c_in")].to(x.dtype)
-    return x_next, h_next, torch.cat([(c_in * x_next).to(dtype)] * copies)
+    return x_next, h_next, torch.cat([c_in * x_next] * copies)  # cast where it is stored
 
 
 def _allocate(
@@ -100,7 +102,7 @@ def _cpp(
         and (g is None or g.is_contiguous())
         and (h is None or (h.is_contiguous() and h_next.is_contiguous()))  # type: ignore[union-attr]
         and (z is None or z.is_contiguous())
-        and (model_input is None or model_input.is_contiguous())
+        and (model_input is None or (model_input.is_contiguous() and model_input.dtype is m.dtype))
     ):
         _C.step_dense(
             x.size(0),
@@ -242,13 +244,14 @@ def step(
     `ops.streams_of`, for noise made in the kernel. Layouts are free, and may differ. The result
     carries no gradient. TypeError or ValueError for anything else, before any work.
     """
-    if torch.compiler.is_compiling() or not _is_plain(x, m, table, row, m_u, v, g, h, z, streams):
+    if _is_compiling() or not _is_plain(x, m, table, row, m_u, v, g, h, z, streams):
         _check(x, m, table, row, m_u, v, g, h, z, streams)
         out = OP.call(x, m, table, row, m_u, v, g, h, z, streams, 0)
         return out[0] if h is None else (out[0], out[1])
     x_next = torch.empty_like(x)
-    OP.launcher("cpu")(x, m, table, row, None, None, None, None, None, None, 0, x_next, None, None)
-    return x_next
+    h_next = None if h is None else torch.empty_like(x)
+    OP.launcher("cpu")(x, m, table, row, m_u, v, g, h, z, streams, 0, x_next, h_next, None)
+    return x_next if h is None else (x_next, h_next)
 
 
 def _is_plain(x: Tensor, m: Tensor, table: Tensor, row: Tensor, *optional: Tensor | None) -> bool:
@@ -258,8 +261,7 @@ def _is_plain(x: Tensor, m: Tensor, table: Tensor, row: Tensor, *optional: Tenso
     itself checks the row.
     """
     return (
-        optional == _NOTHING
-        and type(x) is type(m) is Tensor
+        type(x) is type(m) is Tensor
         and x.dtype is torch.float32
         and m.dtype in DTYPES
         and m.shape == x.shape
@@ -268,12 +270,35 @@ def _is_plain(x: Tensor, m: Tensor, table: Tensor, row: Tensor, *optional: Tenso
         and table.is_cpu
         and row.is_cpu
         and table.dtype is torch.float32
-        and table.dim() == 2
+        and table.stride() == _ROW_STRIDE
         and table.size(1) == _WIDTH
-        and table.is_contiguous()
         and row.dtype is torch.int64
         and row.numel() == 1
-        and not torch._C._len_torch_dispatch_stack()
+        and (optional == _NOTHING or _are_plain(x, m, *optional))
+        and not _listeners()
+    )
+
+
+def _are_plain(
+    x: Tensor,
+    m: Tensor,
+    m_u: Tensor | None,
+    v: Tensor | None,
+    g: Tensor | None,
+    h: Tensor | None,
+    z: Tensor | None,
+    streams: Tensor | None,
+) -> bool:
+    for operand, dtype in ((m_u, m.dtype), (v, m.dtype), (g, x.dtype), (h, x.dtype), (z, x.dtype)):
+        if operand is not None and not (
+            operand.dtype is dtype and operand.is_cpu and operand.shape == x.shape
+        ):
+            return False
+    return streams is None or (
+        streams.dtype is torch.int64
+        and streams.is_cpu
+        and streams.stride() == (2, 1)
+        and streams.shape == (len(x), 2)
     )
 
 

@@ -1,0 +1,85 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+NEEDS = ("diffusers", "matplotlib")
+# minutes on two cores, the compiling of peers included
+MINUTES = {"kernels": 1.3, "calls": 0.7, "end to end": 3.3, "accuracy": 0.1}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, measure, report. 0: done; 1: a kernel is wrong, or with --check a bar is not met."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.check and args.quick:
+        parser.error("--check: needs the full sizes; leave out --quick")
+    if lacking := [name for name in NEEDS if not importlib.util.find_spec(name)]:
+        sys.exit(f"the benchmark needs {' and '.join(lacking)}: pip install 'fastdiff[bench]'")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch finds no GPU here; use --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+    from fastdiff.ops import OPS
+
+    from . import accuracy, calls, ceiling, end_to_end, gate, kernels, picture, report
+    from .records import Settings, machine
+
+    settings = Settings(args.steps, args.device, args.quick)
+    modules = {m.SECTION: m for m in (kernels, calls, end_to_end, accuracy)}
+    sections = args.only or list(MINUTES)
+    host = machine(settings)
+    print(report.head(host))
+    minutes = 0.5 if args.quick else sum(MINUTES[s] for s in sections)
+    print(f"sections: {', '.join(sections)}; about {minutes:.1f} minutes\n", flush=True)
+    with torch.no_grad():
+        timed = kernels.cases(settings) if kernels.SECTION in sections else set()
+        refused = gate.refused(OPS.values(), timed, args.device)
+        for op in OPS:
+            print(f"gate: {op} {'WRONG: ' + refused[op] if op in refused else 'is right'}")
+        records = list(ceiling.measure(settings))
+        print("\n" + report.ceiling(records), flush=True)
+        for section in sections:
+            records += list(modules[section].measure(settings, refused))
+            print("\n" + report.table(section, records, required=not args.quick), flush=True)
+    report.write(args.out, host, records)
+    written = [args.out]
+    if picture.draw(args.out.with_suffix(".png"), host, records):
+        written.append(args.out.with_suffix(".png"))
+    print("\nwrote " + ", ".join(map(str, written)))
+    verdicts = [met for s in sections for _, met in report.bars(s, records)]
+    if not args.quick:
+        print(f"{sum(verdicts)} of {len(verdicts)} requirements met")
+    wrong = refused or any(r.note.startswith("refused") for r in records)
+    return int(bool(wrong) or (args.check and not all(verdicts)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench/run.py",
+        description="fastdiff against diffusers and plain PyTorch: correctness first, then "
+        "kernels, small calls, whole sampling loops and accuracy.",
+    )
+    add = parser.add_argument
+    add("--steps", type=_positive, default=50, help="sampling steps, end to end (default 50)")
+    add("--quick", action="store_true", help="small sizes, few repeats: does it run, not how fast")
+    add("--only", action="append", choices=list(MINUTES), help="a section; may be repeated")
+    add("--out", type=Path, default=RESULTS / "latest.json", help="JSON; a PNG goes beside it")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda was never tried: no GPU")
+    add("--threads", type=_positive, help="of torch and of the kernels (default: torch's)")
+    add("--check", action="store_true", help="exit with 1 if a requirement is not met")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
+    return int(text)

@@ -1,0 +1,102 @@
+"""The kernels at the size of real work, against diffusers, plain PyTorch and a copy.
+
+A row takes its tensors from a case of the op's record and its coefficients from a sampler that
+diffusers has too, so every contender can be asked for the same result, and is checked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastdiff.op import Op
+from fastdiff.ops import OPS
+
+from . import peers, step, work
+from .records import COPY, FASTDIFF, Record, Settings, of_race, without_time
+from .timing import Contender, race
+from .work import Work
+
+SECTION = "kernels"
+IN_CACHE = ", in cache"
+SETS = 3  # of buffers, cycled, so that 16x3x256x256 comes from memory and not from the caches
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a case of an op, a small one for --quick, and how to make its work."""
+
+    name: str
+    op: str
+    large: str
+    small: str
+    make: Callable[[Op, tuple[Any, ...], Settings], Work]
+
+    def case(self, settings: Settings) -> str:
+        return self.small if settings.quick else self.large
+
+
+_bf16 = partial(step.work, step.DDIM, dtype=torch.bfloat16)
+_new = partial(step.work, step.DDIM, allocating=True)
+ROWS = (
+    Row("step as DDIM", "step", "large-ddim", "ddim", partial(step.work, step.DDIM)),
+    Row("step as DDIM, bf16 model", "step", "large-ddim", "ddim", _bf16),
+    Row("step as DDIM, new tensor", "step", "large-ddim", "ddim", _new),
+    Row("step as DDPM, noise made", "step", "large-ddpm", "ddpm", partial(step.work, step.DDPM)),
+    Row("step as DDIM, guided", "step", "large-guided", "guided", partial(step.work, step.DDIM)),
+    Row(
+        "step, learned range", "step", "large-learned", "learned", partial(step.work, step.LEARNED)
+    ),
+    Row("noising, noise made, v", "noising", "large", "seeded", work.noising),
+    Row("cfg", "cfg", "large", "fp32", work.cfg),
+    Row("randn", "randn", "large", "image", work.randn),
+)
+
+
+def cases(settings: Settings) -> set[str]:
+    """The cases that will be timed, as "op/case"."""
+    return {f"{row.op}/{row.case(settings)}" for row in ROWS}
+
+
+def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
+    """Each row twice: with its buffers in memory, and in the caches."""
+    for row in tqdm(ROWS, desc=SECTION, leave=False):
+        if row.op in refused:
+            yield without_time(SECTION, row.name, f"refused: wrong ({refused[row.op]})")
+            continue
+        op = OPS[row.op]
+        case = next(c for c in op.cases() if c.name == row.case(settings))
+        sets = [row.make(op, case.inputs(settings.device), settings) for _ in range(SETS)]
+        wrong = work.faults(sets[0])
+        if reason := wrong.get((FASTDIFF, sets[0].options[0].how)):
+            yield without_time(SECTION, row.name, f"refused: wrong ({reason})")
+            continue
+        for name, works in ((row.name, sets), (row.name + IN_CACHE, sets[:1])):
+            yield from _raced(name, works, wrong, settings)
+
+
+def _raced(
+    name: str, works: list[Work], wrong: Mapping[tuple[str, str], str], settings: Settings
+) -> Iterator[Record]:
+    contenders = [
+        Contender(options[0].provider, options[0].how, tuple(o.call for o in options))
+        for options in zip(*(w.options for w in works), strict=True)
+        if options[0][:2] not in wrong
+    ]
+    raced = race(contenders, settings.device, settings.seconds, settings.rounds, peers.AT_BEST)
+    first = works[0]
+    about: dict[str, Any] = {
+        "shape": tuple(first.like.shape),
+        "dtype": str(first.dtype).removeprefix("torch."),
+    }
+    for record in of_race(raced, section=SECTION, row=name, **about):
+        moved = {FASTDIFF: first.moved, COPY: 2 * first.like.nbytes}.get(record.provider)
+        yield replace(record, gb_s=moved / record.p50 / 1e3) if moved and record.p50 else record
+    for (provider, how), reason in wrong.items():
+        if provider not in raced:
+            yield without_time(SECTION, name, f"left out: {how}: {reason}", provider)

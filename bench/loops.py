@@ -1,0 +1,67 @@
+"""Whole sampling loops as generators, a step at a time, so that loops can take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import Table
+
+from . import plain
+from .records import FASTDIFF
+from .timing import now
+
+Model = Callable[[Tensor, Tensor], Tensor]  # (x, t), t a tensor of no dimensions -> output
+Loop = Iterator[Tensor]  # yields the state after each step
+
+
+def of_diffusers(scheduler: Any, steps: int, model: Model, x: Tensor) -> Loop:
+    """As diffusers' pipelines loop; its state has the model's dtype."""
+    scheduler.set_timesteps(steps, device=x.device)
+    for t, number in zip(scheduler.timesteps, scheduler.timesteps.tolist(), strict=True):
+        x = scheduler.step(model(x, t), number, x, return_dict=False)[0]
+        yield x
+
+
+def of_plain(table: Table, model: Model, x: Tensor, dtype: torch.dtype) -> Loop:
+    """A loop by hand, in place, with a float32 state; the noise, if any, is torch's."""
+    x, (D, z) = x.clone(), torch.empty(2, *x.shape, device=x.device)
+    t = torch.tensor(table.t, device=x.device).long()
+    for time, k in zip(t, plain.rows(table), strict=True):
+        yield plain.step_in_place(x, model(x.to(dtype), time), k, table.noisy, D=D, z=z)
+
+
+class Turns(nn.Module):
+    """A network that lets other loops take a step each time fastdiff's loop calls it.
+
+    All loops so share whatever happens to the machine, and fastdiff's is its public
+    `Sampler.sample`. After the run, `steps()` has the microseconds of each step, by provider; a
+    loop's preparation counts into its first. `states` has where the others ended.
+    """
+
+    def __init__(self, network: nn.Module, others: Mapping[str, Loop], device: str) -> None:
+        super().__init__()
+        self.network, self.others, self.device = network, others, device
+        self.states: dict[str, Tensor] = {}
+        self.times: dict[str, list[float]] = {p: [] for p in (FASTDIFF, *others)}
+        self.since = now(device)
+
+    def forward(self, *args: Tensor) -> Any:
+        self._lap(FASTDIFF)
+        for provider, loop in self.others.items():
+            self.states[provider] = next(loop)
+            self._lap(provider)
+        return self.network(*args)
+
+    def _lap(self, provider: str) -> None:
+        self.times[provider].append(1e6 * (now(self.device) - self.since))
+        self.since = now(self.device)
+
+    def steps(self) -> dict[str, list[float]]:
+        """Call it as soon as the run is over: it ends the last step."""
+        self._lap(FASTDIFF)
+        preparation, first, *rest = self.times[FASTDIFF]
+        return {**self.times, FASTDIFF: [preparation + first, *rest]}

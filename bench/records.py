@@ -1,0 +1,131 @@
+"""What a run measures, and on what: the records that the table, the JSON and the picture show."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastdiff.op import missing
+
+from .timing import Contender, Spread
+
+FASTDIFF, PLAIN = "fastdiff", "plain PyTorch"
+COPY, UNGUIDED = "copy", "unguided"
+RATE = "images/s"  # a metric
+YARDSTICKS = {COPY: "copies", UNGUIDED: "x unguided"}  # providers fastdiff is measured in
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asked for; `quick` cuts sizes and repeats to a smoke run."""
+
+    steps: int = 50
+    device: str = "cpu"
+    quick: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """How long the rounds of one row go on."""
+        return 0.0 if self.quick else 1.5
+
+    @property
+    def rounds(self) -> int:
+        """The fewest rounds of a row."""
+        return 2 if self.quick else 9
+
+    @property
+    def compile(self) -> bool:
+        """Whether peers may try torch.compile, which takes most of a minute in all."""
+        return not self.quick
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement. `p50` is None where there is none; `note` then says why.
+
+    `ratio` is this provider's time over fastdiff's in the same round, the median over rounds:
+    above 1, fastdiff is faster. `how` is the option of the provider that was fastest.
+    """
+
+    section: str
+    row: str
+    provider: str
+    metric: str
+    p50: float | None
+    p20: float | None = None
+    p80: float | None = None
+    ratio: float | None = None
+    gb_s: float | None = None
+    how: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    note: str = ""
+
+
+def of_race(
+    raced: dict[str, tuple[Contender, NDArray[np.float64]]], metric: str = "us", **about: Any
+) -> list[Record]:
+    """The records of a `timing.race`, the ratio of each provider to fastdiff included."""
+    ours = raced[FASTDIFF][1]
+    return [
+        Record(
+            provider=provider,
+            metric=metric,
+            ratio=float(np.median(us / ours)),
+            how=contender.how,
+            **vars(Spread.of(us)),
+            **about,
+        )
+        for provider, (contender, us) in raced.items()
+    ]
+
+
+def without_time(section: str, row: str, note: str, provider: str = FASTDIFF) -> Record:
+    """The record of a row that was refused or skipped."""
+    return Record(section, row, provider, "", None, note=note)
+
+
+def machine(settings: Settings) -> dict[str, Any]:
+    """What the figures depend on, for the head of the report."""
+    reason = missing("cpp" if settings.device == "cpu" else "triton")
+    kernels = f"reference ({reason})" if reason else "triton"
+    if settings.device == "cpu" and not reason:
+        from fastdiff import _C  # type: ignore[attr-defined]
+
+        kernels = f"cpp, {_C.isa()}"
+    packages = ("fastdiff", "torch", "diffusers", "numpy")
+    return {
+        "device": torch.cuda.get_device_name() if settings.device == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kernels": kernels,
+        "versions": {p: _version(p) for p in packages} | {"python": platform.python_version()},
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "steps": settings.steps,
+        "quick": settings.quick,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "source tree"
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines: Sequence[str] = path.read_text().splitlines() if path.exists() else ()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

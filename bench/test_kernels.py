@@ -1,0 +1,26 @@
+"""The large cases of every op through pytest-benchmark: `pytest bench/`, not part of `make test`.
+
+bench/run.py compares; this keeps a history (`--benchmark-autosave`, `--benchmark-compare`).
+"""
+
+import pytest
+
+from bench import gate
+from fastdiff.ops import OPS
+
+CASES = [
+    pytest.param(op, case, id=f"{op.name}-{case.name}")
+    for op in OPS.values()
+    for case in op.cases()
+    if case.large
+]
+
+
+@pytest.mark.parametrize("op, case", CASES)
+def test_speed(benchmark, op, case):
+    assert gate.fault(op, case, "cpu") is None
+    inputs = case.inputs("cpu")
+    outputs = dict(zip((o.rstrip("?") for o in op.outputs), op.allocate(*inputs), strict=True))
+    benchmark.group = op.name
+    benchmark.extra_info["bytes"] = op.moved(*inputs)
+    benchmark(op.write, *inputs, **outputs)
