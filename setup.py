@@ -11,11 +11,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
-import build
+import ninja_build
 
 
 class NinjaBuild(build_ext):
-    """Builds each extension with csrc/build.py."""
+    """Builds each extension with csrc/ninja_build.py."""
 
     def build_extension(self, extension: Extension) -> None:
         import pybind11
@@ -23,15 +23,15 @@ class NinjaBuild(build_ext):
         name = extension.name.rpartition(".")[2]
         folder = Path("build", f"ninja-{sys.implementation.cache_tag}", name)
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        build.extension(name, Path(self.get_ext_fullpath(extension.name)), folder, includes)
+        ninja_build.extension(name, Path(self.get_ext_fullpath(extension.name)), folder, includes)
 
 
 extensions = []
-if build.compiler() is None:
+if ninja_build.compiler() is None:
     print("fastdiff: no C++ compiler found, installing without kernels", file=sys.stderr)
 else:
     extensions.append(Extension("fastdiff._C", ["csrc/bind.cpp"]))
-    if build.cuda_compiler():
+    if ninja_build.cuda_compiler():
         extensions.append(Extension("fastdiff._cuda", ["csrc/bind.cpp"]))
 
 packages = ["fastdiff", "fastdiff.kernels"]

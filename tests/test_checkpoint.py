@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from fastdiff import checkpoint
 from fastdiff.checkpoint import load, save
+from fastdiff.data import fashion_mnist
+from fastdiff.losses import DiffusionLoss
 from fastdiff.models import UNet, UNetConfig
 from fastdiff.schedule import NoiseSchedule
+from fastdiff.train import TrainConfig
 
+ROOT = Path(__file__).parents[1]
 CONFIG = UNetConfig(
     image_size=8,
     in_channels=1,
@@ -185,3 +190,34 @@ def test_another_size_does_not_fit(folder):
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match="tensors of another shape"):
         load(folder)
+
+
+def test_the_shipped_model_is_the_recipes_and_has_learned(monkeypatch):
+    monkeypatch.chdir("/")
+    model = load("fashion-mnist")
+    recipe = json.loads((ROOT / "recipes" / "fashion-mnist.json").read_text())
+    assert model.config == UNetConfig.from_json(recipe["model"])
+    assert model.schedule == NoiseSchedule.from_json(recipe["schedule"])
+    folder = checkpoint.ASSETS / "fashion-mnist"
+    training = json.loads((folder / "config.json").read_text())["training"]
+    drawn = {"sample_every": recipe["train"]["sample_every"]}  # pictures along the way
+    assert TrainConfig.from_json({**training["config"], **drawn}) == TrainConfig.from_json(
+        recipe["train"]
+    )
+    assert (folder / "model.safetensors").stat().st_size < 12_000_000
+
+    data = fashion_mnist(ROOT / "tests" / "data" / "fashion-mnist", "test")
+    x0 = data.images.float() / 127.5 - 1
+    t = torch.full((len(x0),), 700)
+    loss = DiffusionLoss(model.schedule, model.prediction)
+
+    def held_out(labels):
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            return loss(model, x0, t, labels).item()
+
+    # v has a mean square of about 1; the right label must help, a wrong one must harm
+    right, none, wrong = map(
+        held_out, (data.labels, model.null_cond(data.labels), (data.labels + 5) % 10)
+    )
+    assert right < none < wrong and right < 0.15

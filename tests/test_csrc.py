@@ -8,13 +8,13 @@ import pytest
 
 CSRC = Path(__file__).parents[1] / "csrc"
 sys.path.insert(0, str(CSRC))
-import build  # noqa: E402
+import ninja_build  # noqa: E402
 
 
-@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+@pytest.mark.skipif(ninja_build.compiler() is None, reason="no C++ compiler")
 def test_kernels_in_plain_cpp(tmp_path):
     run = subprocess.run(
-        [sys.executable, CSRC / "build.py", tmp_path], capture_output=True, text=True
+        [sys.executable, CSRC / "ninja_build.py", tmp_path], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.endswith("0 failures\n")

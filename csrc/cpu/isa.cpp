@@ -7,7 +7,7 @@
 namespace fd {
 namespace {
 
-// Best first. Each asks for what build.py compiles it with.
+// Best first. Each asks for what ninja_build.py compiles it with.
 constexpr Kernels kAll[] = {
 #if defined(__x86_64__)
     {"avx512",

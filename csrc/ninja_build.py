@@ -1,6 +1,6 @@
 """Builds the kernels with ninja: what each file is compiled with stands here.
 
-setup.py uses it for the extension modules; `python csrc/build.py FOLDER` builds and runs the
+setup.py uses it for the extension modules; `python csrc/ninja_build.py FOLDER` builds and runs the
 plain C++ tests in FOLDER, with the address and undefined-behaviour sanitizers. Needs no torch.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def _run_ninja(folder: Path, flags: str, edges: list[Edge]) -> None:
 
 def extension(name: str, output: Path, folder: Path, includes: list[str]) -> None:
     """Build the extension module `name`, _C or _cuda, as the file `output`; objects in `folder`."""
-    include = " ".join(f"-I{_path(i)}" for i in includes)
+    include = " ".join(f"-I{shlex.quote(i)}" for i in includes).replace("$", "$$")
     if name == "_C":
         edges = [*_kernels(), ("cxx", "bind.o", _path(CSRC / "bind.cpp"), include)]
         undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
