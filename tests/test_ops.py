@@ -1,17 +1,18 @@
 """Every case of every op on the CPU: right by the 2x rule, registered right, compilable.
 
-The rule, in helpers.py: a kernel's error against float64 is at most twice that of the reference
-run in the op's own precision.
+The rule, in fastdiff/verify.py: a kernel's error against float64 is at most twice that of the
+reference run in the op's own precision.
 """
 
 import pytest
 import torch
-from helpers import CASES, errors_of, poisoned
+from helpers import CASES
 
 import fastdiff
 from fastdiff.op import missing
 from fastdiff.ops import OPS
 from fastdiff.table import COLUMNS
+from fastdiff.verify import errors_of, written
 
 BACKENDS = ["reference"] + [name for name in ("cpp",) if not missing(name)]
 
@@ -23,25 +24,16 @@ def as_list(out):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op, case", CASES)
 def test_error_is_at_most_twice_that_of_torch(op, case, backend):
-    names = [name.rstrip("?") for name in op.outputs]
-
-    def launch(*args):
-        inputs, outputs = args[: -len(names)], args[-len(names) :]
-        op.write(*inputs, **dict(zip(names, outputs, strict=True)))
-
     with fastdiff.backend(backend):
-        errors = errors_of(op, case, launch)
+        errors = errors_of(op, case)
     assert all(error <= allowed for error, allowed in errors.values()), errors
 
 
 @pytest.mark.parametrize("op, case", CASES)
 def test_functional_form_gives_what_the_out_form_writes(op, case):
     inputs = case.inputs("cpu")
-    outputs = poisoned(op, inputs)
-    names = [name.rstrip("?") for name in op.outputs]
-    op.write(*inputs, **dict(zip(names, outputs, strict=True)))
-    written = [out for out in outputs if out is not None]
-    for a, b in zip(as_list(op.call(*inputs)), written, strict=True):
+    outputs = [out for out in written(op, inputs) if out is not None]
+    for a, b in zip(as_list(op.call(*inputs)), outputs, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import CASES, errors_of, inputs_of, poisoned
+from helpers import CASES, inputs_of
 
 import fastdiff
 from fastdiff.ops import OPS
+from fastdiff.verify import errors_of, poisoned
 
 philox = import_module("fastdiff.kernels.philox")
 
@@ -29,7 +30,9 @@ def run(name, inputs):
 @pytest.mark.parametrize("op, case", CASES)
 def test_error_is_at_most_twice_that_of_torch(op, case):
     """The interpreter cuts bfloat16 off where a GPU rounds it."""
-    errors = errors_of(op, case, lambda *args: launch(op.name, *args), truncates=[torch.bfloat16])
+    errors = errors_of(
+        op, case, lambda op, inputs: run(op.name, inputs), truncates=[torch.bfloat16]
+    )
     for name, (error, allowed) in errors.items():
         assert error <= allowed, name
 
