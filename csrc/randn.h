@@ -41,10 +41,12 @@ FD_HOST_DEVICE float polynomial(float x, float constant, Rest... rest) {
 // The coefficients below were fitted to the least largest error, each rounded to float32 in turn;
 // the error of the polynomial alone is given.
 
-// P of -2 ln(1 + f) = -2 f + f^2 + f^3 P(f), f in [sqrt(1/2) - 1, sqrt(2) - 1]: 6e-9 relative.
-FD_HOST_DEVICE float log_tail(float f) {
-  return polynomial(f, -0.666666627f, 0.500016391f, -0.400024861f, 0.332468241f, -0.284030885f,
-                    0.263190746f, -0.255248576f, 0.152737886f);
+// Q of -2 ln(1 + f) = -2 f + f^2 Q(f), f in [sqrt(1/2) - 1, sqrt(2) - 1]: 6e-9 relative. Even and
+// odd powers apart, since one after the other they would take twice as long.
+FD_HOST_DEVICE float log_tail(float f, float f2) {
+  const float even = polynomial(f2, 1.0f, 0.500016391f, 0.332468241f, 0.263190746f, 0.152737886f);
+  const float odd = polynomial(f2, -0.666666627f, -0.400024861f, -0.284030885f, -0.255248576f);
+  return FD_FMA(odd, f, even);
 }
 
 // sin(pi a / 4), |a| <= 1: 2e-8 relative.
@@ -66,8 +68,9 @@ FD_HOST_DEVICE float radius(uint32_t r) {
   // u = 2^e (1 + f), with f nearest to 0, so that nothing cancels near u = 1
   const int32_t e = static_cast<int32_t>(bits_of(u) - kSqrtHalf) >> 23;
   const float f = float_of(bits_of(u) - (static_cast<uint32_t>(e) << 23)) - 1.0f;
-  const float slope = FD_FMA(FD_FMA(log_tail(f), f, 1.0f), f, -2.0f);
-  return __builtin_sqrtf(FD_FMA(static_cast<float>(e), kMinusTwoLn2, f * slope));
+  const float f2 = f * f;
+  const float line = FD_FMA(static_cast<float>(e), kMinusTwoLn2, -2.0f * f);
+  return __builtin_sqrtf(FD_FMA(log_tail(f, f2), f2, line));
 }
 
 struct Pair {
