@@ -105,7 +105,9 @@ def _loops(row: Row, subject: Subject, settings: Settings) -> Iterator[Record]:
         c, u = out.chunk(2)
         return peers.guided(c, u, GUIDANCE)
 
-    sampler = DDIMSampler.like("diffusers", subject.schedule, steps, prediction=subject.prediction)
+    clip = 1.0 if subject.config.get("clip_sample", True) else None
+    options: dict[str, Any] = {"prediction": subject.prediction, "clip": clip}
+    sampler = DDIMSampler.like("diffusers", subject.schedule, steps, **options)
     scheduler = peers.ddim(steps, **subject.config)
     others = {
         peers.EAGER: loops.of_diffusers(scheduler, steps, model, x_T.to(dtype)),
