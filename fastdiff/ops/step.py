@@ -24,7 +24,7 @@ from .layout import _C, DTYPES, describe, element_bytes
 from .randn import check_streams, streams_of
 from .randn import reference as randn_reference
 
-_WIDTH, _ROW_STRIDE, _NOTHING = len(COLUMNS), (len(COLUMNS), 1), (None,) * 6
+_WIDTH, _ROW_STRIDE = len(COLUMNS), (len(COLUMNS), 1)
 _is_compiling = torch.compiler.is_compiling
 _listeners = torch._C._len_torch_dispatch_stack
 
@@ -244,7 +244,13 @@ def step(
     `ops.streams_of`, for noise made in the kernel. Layouts are free, and may differ. The result
     carries no gradient. TypeError or ValueError for anything else, before any work.
     """
-    if _is_compiling() or not _is_plain(x, m, table, row, m_u, v, g, h, z, streams):
+    if (
+        _is_compiling()
+        or not _is_plain(x, m, table, row)
+        or not (
+            m_u is v is g is h is z is streams is None or _are_plain(x, m, m_u, v, g, h, z, streams)
+        )
+    ):
         _check(x, m, table, row, m_u, v, g, h, z, streams)
         out = OP.call(x, m, table, row, m_u, v, g, h, z, streams, 0)
         return out[0] if h is None else (out[0], out[1])
@@ -254,7 +260,7 @@ def step(
     return x_next if h is None else (x_next, h_next)
 
 
-def _is_plain(x: Tensor, m: Tensor, table: Tensor, row: Tensor, *optional: Tensor | None) -> bool:
+def _is_plain(x: Tensor, m: Tensor, table: Tensor, row: Tensor) -> bool:
     """Whether the step is the everyday one: right, on the CPU, and with nobody listening.
 
     It then skips torch's dispatcher, which costs more than such a step at 1x3x32x32. The kernel
@@ -274,7 +280,6 @@ def _is_plain(x: Tensor, m: Tensor, table: Tensor, row: Tensor, *optional: Tenso
         and table.size(1) == _WIDTH
         and row.dtype is torch.int64
         and row.numel() == 1
-        and (optional == _NOTHING or _are_plain(x, m, *optional))
         and not _listeners()
     )
 
