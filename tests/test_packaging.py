@@ -87,6 +87,10 @@ def test_wheel(tree, fresh, tmp_path):
     pip(fresh, wheel, cwd=tmp_path)
     where, has_kernels = use(fresh, tmp_path, tree)
     assert where.is_relative_to(fresh.parents[1]) and has_kernels
+    command = fresh.parent / "fastdiff"
+    run(command, "doctor", cwd=tmp_path)
+    run(command, "sample", "--num", "2", "--steps", "2", "--out", "x.png", cwd=tmp_path)
+    assert (tmp_path / "x.png").is_file()
 
 
 def test_editable_install_is_live(tree, fresh, tmp_path):
