@@ -110,7 +110,9 @@ def test(folder: Path) -> int:
     objects = " ".join(out for _, out, _, _ in edges)
     edges.append(("link", "tests", objects, "-fopenmp"))
     sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    _run_ninja(folder, f"-O1 -g1 -Wall -Wextra -Werror {sanitize}", edges)
+    # gcc 12 warns of its own AVX-512 headers (bug 105593)
+    warn = "-Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized"
+    _run_ninja(folder, f"-O1 -g1 {warn} {sanitize}", edges)
     return subprocess.run([str(folder.resolve() / "tests")]).returncode
 
 

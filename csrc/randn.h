@@ -2,7 +2,7 @@
 // fastdiff/ops/randn.py states what is computed, kernels/philox.py computes the same for Triton.
 #pragma once
 
-#include "tensor.h"
+#include "exponential.h"
 
 namespace fd {
 
@@ -29,13 +29,6 @@ FD_HOST_DEVICE Stream stream_of(const int64_t* seed_index, uint32_t row) {
   return {row,
           {static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32)},
           {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}};
-}
-
-// c[0] + c[1] x + c[2] x^2 + ...
-FD_HOST_DEVICE float polynomial(float, float constant) { return constant; }
-template <class... Rest>
-FD_HOST_DEVICE float polynomial(float x, float constant, Rest... rest) {
-  return FD_FMA(polynomial(x, rest...), x, constant);
 }
 
 // The coefficients below were fitted to the least largest error, each rounded to float32 in turn;

@@ -1,6 +1,7 @@
 // One row of a sampler's table; fastdiff/ops/step.py states the formula.
 #pragma once
 
+#include "exponential.h"
 #include "randn.h"
 
 namespace fd {
@@ -41,21 +42,6 @@ struct StepInput {
 struct StepOutput {
   float x, h;
 };
-
-// e^x by 2^n e^f, |f| <= ln(2) / 2: 3e-9 relative, then the rounding. NaN stays NaN.
-FD_HOST_DEVICE float exponential(float x) {
-  const float bounded = x > 90.0f ? 90.0f : x < -105.0f ? -105.0f : x;
-  const float shifted = FD_FMA(bounded, 1.44269504f, 0x1.8p23f);  // its low bits hold n
-  const float n = shifted - 0x1.8p23f;
-  const float f = FD_FMA(n, -3.19461850e-05f, FD_FMA(n, -0.693115234f, bounded));  // x - n ln 2
-  const float tail = polynomial(f, 0.49999994f, 0.166665211f, 0.0416682623f, 0.00836866908f,
-                                0.00138210237f);
-  const float value = FD_FMA(f * f, tail, f) + 1.0f;
-  // Two factors, since 2^n alone can overflow or be subnormal where the result is not.
-  const uint32_t power = bits_of(shifted) - bits_of(0x1.8p23f);
-  const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(power) >> 1);
-  return value * float_of((half + 127u) << 23) * float_of((power - half + 127u) << 23);
-}
 
 // As torch.clamp: NaN stays NaN.
 FD_HOST_DEVICE float clamp(float x, float limit) {

@@ -94,7 +94,7 @@ def reports(
         raise RuntimeError(f"Triton {triton.__version__} is too old for this; 3.9 is known to do")
     sources: dict[Any, tuple[Op, Target, Any]] = {}
     cases: dict[Any, list[tuple[Case, int, int]]] = {}
-    for op in OPS.values():
+    for op in filter(Op.has_triton, OPS.values()):
         for case in op.cases():
             targets = [target for target in TARGETS if select(op, case, target)]
             if not targets:
@@ -221,7 +221,10 @@ def main() -> None:
         "--target", action="append", choices=names, help="only this one; repeatable"
     )
     parser.add_argument(
-        "--op", action="append", choices=list(OPS), help="only this one; repeatable"
+        "--op",
+        action="append",
+        choices=[op.name for op in OPS.values() if op.has_triton()],
+        help="only this one; repeatable",
     )
     parser.add_argument("--json", type=Path, help="also write the report here")
     asked = parser.parse_args()

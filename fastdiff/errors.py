@@ -46,3 +46,15 @@ def on_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
             f"{name}: is on {value.device}, {other_name} is on {other.device}; "
             f"move one with .to({str(other.device)!r})"
         )
+
+
+def no_gradient(**tensors: Tensor | None) -> None:
+    """Raise RuntimeError if a gradient would be asked of an op that has none."""
+    if not torch.is_grad_enabled():
+        return
+    for name, value in tensors.items():
+        if value is not None and value.requires_grad:
+            raise RuntimeError(
+                f"{name}: requires a gradient, this op is for inference; call it under "
+                "torch.no_grad(), or use torch's own functions to train"
+            )

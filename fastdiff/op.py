@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -102,9 +103,22 @@ class Op:
     def launcher(self, device: str) -> Callable[..., None]:
         """The launcher of the active backend for tensors on `device` ("cpu" or "cuda")."""
         name = _forced.get() or _best(device)
+        if name == "triton" and not self.has_triton():
+            if _forced.get():
+                raise RuntimeError(
+                    f'backend="triton": {self.name} has no Triton kernel; leave the choice to '
+                    'fastdiff, or use backend="reference" for it'
+                )
+            name = "reference"
         if name not in self._launchers:
             self._launchers[name] = self._load(name)
         return self._launchers[name]
+
+    def has_triton(self) -> bool:
+        """Whether there is a Triton kernel, installed with the package, of this op."""
+        if "triton" not in self._launchers:
+            return importlib.util.find_spec(f"{__package__}.kernels.{self.name}") is not None
+        return True
 
     def _load(self, name: str) -> Callable[..., None]:
         if name == "triton":

@@ -25,7 +25,9 @@ def test_every_case_compiles(reports):
     from fastdiff.ops import OPS
 
     compiled = {(row.op, case) for row in reports if row.target == "sm_90" for case in row.cases}
-    assert compiled == {(op.name, case.name) for op in OPS.values() for case in op.cases()}
+    assert compiled == {
+        (op.name, case.name) for op in OPS.values() if op.has_triton() for case in op.cases()
+    }
 
 
 def large(reports):

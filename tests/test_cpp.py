@@ -90,6 +90,27 @@ def test_results_are_the_same_bits_on_any_number_of_threads():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_units_result_is_the_same_bits_on_any_threads_and_in_any_batch(dtype, samples):
+    """What is cut among threads, and where, is no part of the result."""
+    x = torch.randn(samples, 192, 15, 15).to(dtype).contiguous(memory_format=torch.channels_last)
+    q = torch.randn(samples, 3, 300, 40).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for batch in (samples, 9):  # nine samples of which these are the last
+            normal = OPS["group_norm_silu"].call(
+                x.repeat(9, 1, 1, 1)[-batch:], 32, None, None, 1e-5, None, None, True
+            )
+            attended = OPS["attention"].call(*[q.repeat(9, 1, 1, 1)[-batch:]] * 3, 0.1)
+            results.append((normal[-samples:], attended[-samples:]))
+    torch.set_num_threads(before)
+    for normal, attended in results[1:]:
+        assert torch.equal(normal, results[0][0]) and torch.equal(attended, results[0][1])
+
+
 def test_results_are_the_same_bits_in_any_layout_and_batch():
     x, m, table, row, *rest, streams, _ = arguments("ddpm", (3, 4, 33, 7))
     step = OPS["step"].call

@@ -109,6 +109,42 @@ def test_bfloat16_noising_keeps_the_noise_at_small_t():
     assert x_t.float().std().item() == pytest.approx(schedule.sigma[0], rel=0.05)
 
 
+# the U-Net's
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_group_norm_silu_is_the_unets_own(channels_last):
+    x, scale, shift = torch.randn(2, 16, 5, 5), torch.randn(2, 16), torch.randn(2, 16)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    norm = torch.nn.GroupNorm(4, 16)
+    torch.nn.init.normal_(norm.weight)
+    with torch.no_grad():
+        h = norm(x) * (1 + scale[..., None, None]) + shift[..., None, None]
+        expected = torch.nn.functional.silu(h)
+        ours = fastdiff.ops.group_norm_silu(x, 4, norm.weight, norm.bias, norm.eps, scale, shift)
+    assert ours.stride() == x.stride() and torch.allclose(ours, expected, atol=2e-6)
+
+
+def test_attention_reads_a_projection_and_its_output_flattens_without_a_copy():
+    qkv = torch.randn(2, 9, 3, 2, 32)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out = fastdiff.ops.attention(q, k, v)
+    assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
+    weights = (q @ k.mT * 32**-0.5).softmax(-1)
+    assert torch.allclose(out, weights @ v, atol=2e-6)
+
+
+def test_ops_without_a_gradient_refuse_to_be_trained_through():
+    x = torch.randn(1, 2, 3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"^q: requires a gradient.*torch\.no_grad"):
+        fastdiff.ops.attention(x, x, x)
+    with pytest.raises(RuntimeError, match=r"^x: requires a gradient"):
+        norm(x)
+    with torch.no_grad():
+        assert not norm(x).requires_grad
+
+
 # noise
 
 
@@ -193,6 +229,13 @@ def test_clamp_passes_nan_on():
 x, table, row = torch.zeros(2, 3, 4), torch.zeros(5, 15), torch.tensor(0)
 schedule = fastdiff.NoiseSchedule.cosine(10)
 t = torch.tensor([0, 9])
+q = torch.zeros(1, 2, 3, 8)
+
+
+def norm(x, groups=1, weight=None, bias=None, eps=1e-5, scale=None, shift=None):
+    return fastdiff.ops.group_norm_silu(x, groups, weight, bias, eps, scale, shift)
+
+
 BAD = {
     "m: has shape": lambda: fastdiff.ops.step(x, x[:1], table, row),
     "m: has dtype": lambda: fastdiff.ops.step(x, x.double(), table, row),
@@ -219,6 +262,26 @@ BAD = {
     "seed: has 3 entries": lambda: fastdiff.ops.randn((2, 3), seed=[1, 2, 3]),
     "shape=": lambda: fastdiff.ops.randn((2, -3)),
     "row=-2": lambda: fastdiff.ops.randn((2, 3), row=-2),
+    "x: has shape (3,), must be [N": lambda: norm(x[0, :, 0]),
+    "groups=2: must divide": lambda: norm(x, groups=2),
+    "groups=0": lambda: norm(x, groups=0),
+    "eps=0": lambda: norm(x, eps=0),
+    "weight: has shape (2,), must be (3,)": lambda: norm(x, weight=x[:, 0, 0]),
+    "bias: has dtype bfloat16, must be float32;": lambda: norm(x, bias=x[0, :, 0].bfloat16()),
+    "scale: has shape (3,), must be (2, 3)": lambda: norm(x, scale=x[0, :, 0]),
+    "shift: is on meta": lambda: norm(x, shift=x[:, :, 0].to("meta")),
+    "x: has dtype float64, must be float32 or": lambda: norm(x.double()),
+    "q: has dtype float16": lambda: fastdiff.ops.attention(q.half(), q.half(), q.half()),
+    "q: has shape (2, 3, 4)": lambda: fastdiff.ops.attention(x, x, x),
+    "k: has shape (1, 2, 3, 7), must be (1, 2, keys, 8)": lambda: fastdiff.ops.attention(
+        q, q[..., :7], q
+    ),
+    "k: has shape (1, 2, 0, 8)": lambda: fastdiff.ops.attention(q, q[:, :, :0], q[:, :, :0]),
+    "v: has shape (1, 2, 2, 8), must be (1, 2, 3, 8)": lambda: fastdiff.ops.attention(
+        q, q, q[:, :, :2]
+    ),
+    "k: has dtype bfloat16": lambda: fastdiff.ops.attention(q, q.bfloat16(), q.bfloat16()),
+    "scale=-1": lambda: fastdiff.ops.attention(q, q, q, -1.0),
     "backend='gpu'": lambda: fastdiff.backend("gpu").__enter__(),
 }
 

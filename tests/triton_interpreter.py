@@ -27,7 +27,7 @@ def run(name, inputs):
     return outputs
 
 
-@pytest.mark.parametrize("op, case", CASES)
+@pytest.mark.parametrize("op, case", [p for p in CASES if p.values[0].has_triton()])
 def test_error_is_at_most_twice_that_of_torch(op, case):
     """The interpreter cuts bfloat16 off where a GPU rounds it."""
     errors = errors_of(

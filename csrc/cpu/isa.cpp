@@ -7,6 +7,11 @@
 namespace fd {
 namespace {
 
+// In the order of Kernels.
+#define FD_ALL(isa)                                                                          \
+  isa::step, isa::noising, isa::cfg, isa::randn, isa::conv3x3_runs, isa::conv3x3, \
+      isa::group_norm_silu, isa::attention_runs, isa::attention, isa::linear_runs, isa::linear
+
 // Best first. Each asks for what ninja_build.py compiles it with.
 constexpr Kernels kAll[] = {
 #if defined(__x86_64__)
@@ -16,11 +21,11 @@ constexpr Kernels kAll[] = {
               __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
      },
-     avx512::step, avx512::noising, avx512::cfg, avx512::randn},
+     FD_ALL(avx512)},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     avx2::step, avx2::noising, avx2::cfg, avx2::randn},
+     FD_ALL(avx2)},
 #endif
-    {"scalar", [] { return true; }, scalar::step, scalar::noising, scalar::cfg, scalar::randn},
+    {"scalar", [] { return true; }, FD_ALL(scalar)},
 };
 
 }  // namespace

@@ -1,7 +1,11 @@
 // The CPU kernels: each compiled for several instruction sets, the best picked at run time.
 #pragma once
 
+#include "../attention.h"
 #include "../cfg.h"
+#include "../conv3x3.h"
+#include "../group_norm_silu.h"
+#include "../linear.h"
 #include "../noising.h"
 #include "../randn.h"
 #include "../step.h"
@@ -15,6 +19,13 @@ struct Kernels {
   void (*noising)(Noising);
   void (*cfg)(Cfg);
   void (*randn)(Randn);
+  bool (*conv3x3_runs)(DType);
+  void (*conv3x3)(Conv3x3);
+  void (*group_norm_silu)(GroupNormSilu);
+  bool (*attention_runs)(DType);
+  void (*attention)(Attention);
+  bool (*linear_runs)(DType);
+  void (*linear)(Linear);
 };
 
 // The best for this machine, or the named one. invalid_argument for a name that is unknown or that
@@ -28,6 +39,13 @@ const Kernels& kernels(const char* isa);
   void noising(Noising); \
   void cfg(Cfg);        \
   void randn(Randn);    \
+  bool conv3x3_runs(DType); \
+  void conv3x3(Conv3x3); \
+  void group_norm_silu(GroupNormSilu); \
+  bool attention_runs(DType); \
+  void attention(Attention); \
+  bool linear_runs(DType); \
+  void linear(Linear); \
   }
 FD_DECLARE(scalar)
 FD_DECLARE(avx2)

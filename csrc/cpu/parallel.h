@@ -12,6 +12,7 @@ __attribute__((weak)) void GOMP_parallel(void (*function)(void*), void* data, un
                                          unsigned flags);
 __attribute__((weak)) int omp_get_thread_num();
 __attribute__((weak)) int omp_get_num_threads();
+__attribute__((weak)) int omp_get_max_threads();
 }
 
 namespace fd {
@@ -20,6 +21,11 @@ namespace {
 constexpr int64_t kLarge = 32768;  // elements from which more than one thread is worth its start
 
 inline bool has_threads() { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
+
+// Threads that a loop would run on.
+inline int64_t most_threads() {
+  return has_threads() && omp_get_max_threads ? omp_get_max_threads() : 1;
+}
 
 template <class Body>
 struct Share {

@@ -27,3 +27,7 @@ void test_randn(const fd::Kernels&);
 void test_step(const fd::Kernels&);
 void test_noising(const fd::Kernels&);
 void test_cfg(const fd::Kernels&);
+void test_conv3x3(const fd::Kernels&);
+void test_group_norm_silu(const fd::Kernels&);
+void test_attention(const fd::Kernels&);
+void test_linear(const fd::Kernels&);

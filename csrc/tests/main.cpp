@@ -18,6 +18,10 @@ int main() {
       test_step(kernels);
       test_noising(kernels);
       test_cfg(kernels);
+      test_conv3x3(kernels);
+      test_group_norm_silu(kernels);
+      test_attention(kernels);
+      test_linear(kernels);
       std::printf("%s: tested\n", isa);
     } catch (const std::invalid_argument& error) {
       std::printf("%s: not tested: %s\n", isa, error.what());

@@ -1,14 +1,48 @@
 """The ops, one file each; adding one is a file and a line here."""
 
+from . import attention as _attention
 from . import cfg as _cfg
+from . import conv3x3 as _conv3x3
+from . import group_norm_silu as _group_norm_silu
+from . import linear as _linear
 from . import noising as _noising
 from . import randn as _randn
 from . import step as _step
+from .attention import attention
 from .cfg import cfg
+from .conv3x3 import available as conv3x3_available
+from .conv3x3 import conv3x3
+from .conv3x3 import pack as pack_conv3x3
+from .group_norm_silu import group_norm_silu
+from .linear import available as linear_available
+from .linear import linear
+from .linear import pack as pack_linear
 from .noising import noising
 from .randn import randbits, randn, streams_of
 from .step import step
 
-OPS = {module.OP.name: module.OP.register() for module in (_step, _noising, _cfg, _randn)}
+OPS = {
+    module.OP.name: module.OP.register()
+    for module in (
+        *(_step, _noising, _cfg, _randn),
+        *(_conv3x3, _linear, _group_norm_silu, _attention),
+    )
+}
 
-__all__ = ["OPS", "cfg", "noising", "randbits", "randn", "step", "streams_of"]
+__all__ = [
+    "OPS",
+    "attention",
+    "cfg",
+    "conv3x3",
+    "conv3x3_available",
+    "group_norm_silu",
+    "linear",
+    "linear_available",
+    "noising",
+    "pack_conv3x3",
+    "pack_linear",
+    "randbits",
+    "randn",
+    "step",
+    "streams_of",
+]

@@ -1,0 +1,120 @@
+// Products of a few rows with a panel of 32 columns, all sums in registers: AVX-512 only.
+#pragma once
+
+#include <algorithm>
+
+#include "vec.h"
+
+namespace fd {
+namespace {
+
+constexpr int kPanel = 32;  // columns
+constexpr int kRows = 8;    // at most: with two columns of registers, half of them
+
+// What is to come to L1 meanwhile: some bytes at each step through the depth, at least a line.
+struct Ahead {
+  const char* at;
+  int64_t step;
+
+  FD_MEMBER void fetch() {
+    __builtin_prefetch(at);
+    __builtin_prefetch(at + 64);
+    at += step;
+  }
+};
+
+// What becomes of a row's sums: c[row][32] is set to them, or they are added to it.
+struct Keep {
+  float* c;
+  bool add;
+
+  FD_BF16 FD_MEMBER void operator()(int64_t row, __m512 left, __m512 right) const {
+    float* const to = c + row * kPanel;
+    _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), left) : left);
+    _mm512_storeu_ps(to + kVec, add ? _mm512_add_ps(_mm512_loadu_ps(to + kVec), right) : right);
+  }
+};
+
+// Terms that are summed before their sum joins the whole. In float32 this is for the rounding
+// error, which grows with the square root of their number.
+template <class T>
+constexpr int64_t kTerms = sizeof(T) == 4 ? 32 : 256;
+
+// a[rows][depth] b[depth][32], given to `finish` as rows from `row` on. Nothing of it needs the
+// target, but `finish` has to have the same.
+template <int rows, class Finish>
+FD_BF16 inline void multiply_rows(const float* a, int64_t stride, const float* b, int64_t depth,
+                                  const Finish& finish, int64_t row, Ahead ahead) {
+  __m512 sum[rows][2];
+  FD_UNROLL(8)
+  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+  FD_UNROLL(2)
+  for (int64_t k = 0; k < depth; ++k) {
+    ahead.fetch();
+    const __m512 left = _mm512_loadu_ps(b + k * kPanel);
+    const __m512 right = _mm512_loadu_ps(b + k * kPanel + kVec);
+    FD_UNROLL(8)
+    for (int r = 0; r < rows; ++r) {
+      const __m512 value = _mm512_set1_ps(a[r * stride + k]);
+      sum[r][0] = _mm512_fmadd_ps(value, left, sum[r][0]);
+      sum[r][1] = _mm512_fmadd_ps(value, right, sum[r][1]);
+    }
+  }
+  FD_UNROLL(8)
+  for (int r = 0; r < rows; ++r) finish(row + r, sum[r][0], sum[r][1]);
+}
+
+// The same in bfloat16, summed in float32. Neighbours of the depth are paired: b[depth / 2][32][2].
+template <int rows, class Finish>
+FD_BF16 inline void multiply_rows(const uint16_t* a, int64_t stride, const uint16_t* b,
+                                  int64_t depth, const Finish& finish, int64_t row,
+                                  Ahead ahead) {
+  __m512 sum[rows][2];
+  FD_UNROLL(8)
+  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+  FD_UNROLL(2)
+  for (int64_t k = 0; k < depth; k += 2) {
+    ahead.fetch();
+    const __m512bh left = (__m512bh)_mm512_loadu_si512(b + k * kPanel);
+    const __m512bh right = (__m512bh)_mm512_loadu_si512(b + k * kPanel + 2 * kVec);
+    FD_UNROLL(8)
+    for (int r = 0; r < rows; ++r) {
+      int32_t pair;
+      memcpy(&pair, a + r * stride + k, sizeof pair);
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], value, left);
+      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], value, right);
+    }
+  }
+  FD_UNROLL(8)
+  for (int r = 0; r < rows; ++r) finish(row + r, sum[r][0], sum[r][1]);
+}
+
+// The same for any number of rows. The bits of a sum do not depend on how the rows are cut.
+template <class T, class Finish>
+inline void multiply(int64_t rows, const T* a, int64_t stride, const T* b, int64_t depth,
+                     const Finish& finish, int64_t row = 0) {
+  // The panel comes from L3 in one stream, which the hardware follows only within a page of 4 KB.
+  // Each group of rows fetches its share of what follows this part of it.
+  constexpr int64_t width = kPanel * 4, near = 8192;  // bytes of a step, in L1
+  const int64_t groups = (rows + kRows - 1) / kRows, part = depth * kPanel * sizeof(T);
+  Ahead ahead = {reinterpret_cast<const char*>(b) + (groups > 1 ? std::max(part, near) : near),
+                 width};
+  while (ahead.step / 2 * groups >= width) ahead.step /= 2;
+  for (; rows >= kRows; rows -= kRows, row += kRows, a += kRows * stride) {
+    multiply_rows<kRows>(a, stride, b, depth, finish, row, ahead);
+    ahead.at += part / width * ahead.step;
+  }
+  switch (rows) {
+    case 7: return multiply_rows<7>(a, stride, b, depth, finish, row, ahead);
+    case 6: return multiply_rows<6>(a, stride, b, depth, finish, row, ahead);
+    case 5: return multiply_rows<5>(a, stride, b, depth, finish, row, ahead);
+    case 4: return multiply_rows<4>(a, stride, b, depth, finish, row, ahead);
+    case 3: return multiply_rows<3>(a, stride, b, depth, finish, row, ahead);
+    case 2: return multiply_rows<2>(a, stride, b, depth, finish, row, ahead);
+    case 1: return multiply_rows<1>(a, stride, b, depth, finish, row, ahead);
+  }
+}
+
+}  // namespace
+}  // namespace fd

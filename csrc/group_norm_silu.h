@@ -1,0 +1,45 @@
+// Group normalisation, an affine map and SiLU; fastdiff/ops/group_norm_silu.py states the formula.
+#pragma once
+
+#include "exponential.h"
+
+namespace fd {
+
+// Strides: of x and out (sample, channel, pixel, -), where channels or pixels are adjacent, the
+// same in both; of weight and bias (-, channel); of scale and shift (sample, channel).
+struct GroupNormSilu {
+  int64_t samples, channels, pixels, groups;
+  float eps;
+  bool silu;
+  Operand x, weight, bias, scale, shift, out;
+};
+
+struct Normal {
+  float mean, scale;  // scale: 1 / sqrt(variance + eps)
+};
+
+// Of `count` numbers with this sum and sum of squares, both float64.
+FD_HOST_DEVICE Normal normal_of(double count, double sum, double square, float eps) {
+  const double mean = sum / count, variance = square / count - mean * mean;
+  const double positive = variance < 0 ? 0 : variance;  // NaN stays NaN
+  return {static_cast<float>(mean), static_cast<float>(1.0 / __builtin_sqrt(positive + eps))};
+}
+
+// What a channel's elements go through: a (x - mean) + b.
+struct Affine {
+  float mean, a, b;
+};
+
+FD_HOST_DEVICE Affine affine_of(const Normal& group, float weight, float bias, float scale,
+                                float shift) {
+  const float gain = 1.0f + scale;
+  return {group.mean, group.scale * weight * gain, FD_FMA(bias, gain, shift)};
+}
+
+template <bool with_silu>
+FD_HOST_DEVICE float group_norm_silu_element(float mean, float a, float b, float x) {
+  const float y = FD_FMA(a, x - mean, b);
+  return with_silu ? silu(y) : y;
+}
+
+}  // namespace fd

@@ -1,0 +1,160 @@
+"""Scaled dot-product attention at the sizes of a U-Net, in memory that grows with the tokens alone.
+
+    out = softmax(scale q k') v           for each sample and head (Vaswani et al. 2017, eq. 1)
+
+The softmax is taken in float32, block by block of keys (Dao et al. 2022). In bfloat16 its weights
+are rounded once, before their products with v are summed in float32, as torch's own kernel does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import errors
+from ..op import Case, Op
+from .layout import _C, DTYPES, element_bytes
+
+DTYPES_TAKEN = (torch.float32, torch.bfloat16)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor]:
+    return (F.scaled_dot_product_attention(q, k, v, scale=scale),)
+
+
+def _allocate(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor]:
+    batch, heads, tokens, size = q.shape
+    return (q.new_empty(batch, tokens, heads, size).transpose(1, 2),)
+
+
+def _cpp(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    batch, heads, queries, size = q.shape
+    keys = k.shape[2]
+    if size > 512 or size % 8 or not keys or not _C.attention_runs(DTYPES[q.dtype]):
+        out.copy_(reference(q, k, v, scale)[0])
+        return
+    to = out if out.stride(3) == 1 else torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    _C.attention(
+        (batch, heads, queries, keys),
+        size,
+        scale,
+        [(t.data_ptr(), DTYPES[t.dtype], (*t.stride()[:3], 0)) for t in (q, k, v, to)],
+    )
+    if to is not out:
+        out.copy_(to)
+
+
+def _cases() -> list[Case]:
+    def case(
+        name: str,
+        batch: int,
+        heads: int,
+        tokens: int,
+        size: int,
+        keys: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        gain: float = 1.0,
+        large: bool = False,
+        layout: str = "packed",
+    ) -> Case:
+        def inputs(device: str) -> tuple[Tensor, Tensor, Tensor, float]:
+            generator = torch.Generator().manual_seed(0)
+            if keys is None:  # q, k and v side by side, as one projection gives them
+                qkv = torch.randn(batch, tokens, 3, heads, size, generator=generator)
+                q, k, v = qkv.to(device, dtype).transpose(1, 3).unbind(2)
+            else:
+                q, k, v = (
+                    torch.randn(batch, n, heads, size, generator=generator).to(device, dtype)
+                    for n in (tokens, keys, keys)
+                )
+                q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            if layout == "columns":
+                q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
+            return gain * q, k, v, size**-0.5
+
+        return Case(name, inputs, large)
+
+    bf16 = torch.bfloat16
+    return [
+        case("fp32", 2, 2, 64, 64),
+        case("bf16", 2, 2, 64, 64, dtype=bf16),
+        case("size-40", 1, 3, 77, 40),
+        case("size-40-bf16", 1, 3, 77, 40, dtype=bf16),
+        case("size-80", 1, 2, 33, 80, dtype=bf16),
+        case("size-160", 1, 2, 33, 160, dtype=bf16),
+        case("size-256", 1, 1, 301, 256),
+        case("size-256-bf16", 1, 1, 301, 256, dtype=bf16),
+        case("size-512", 1, 1, 40, 512, dtype=bf16),
+        case("size-8", 2, 1, 9, 8),
+        case("size-6", 1, 2, 9, 6),  # torch's, since it is no multiple of 8
+        case("cross", 2, 2, 65, 40, keys=77),
+        case("cross-bf16", 2, 2, 65, 40, keys=77, dtype=bf16),
+        case("blocks", 1, 1, 70, 40, keys=1100),
+        case("blocks-bf16", 1, 1, 70, 40, keys=1100, dtype=bf16),
+        case("blocks-256", 1, 1, 300, 256, keys=600, dtype=bf16),
+        case("sharp", 1, 2, 40, 64, gain=30.0),
+        case("sharp-bf16", 1, 2, 40, 64, gain=30.0, dtype=bf16),
+        case("columns", 1, 2, 19, 32, layout="columns"),
+        case("one-key", 1, 1, 5, 32, keys=1, dtype=bf16),
+        case("one", 1, 1, 1, 32),
+        case("empty", 0, 2, 16, 32, keys=16),
+        case("large", 16, 1, 256, 256, dtype=bf16, large=True),
+        case("large-many", 2, 8, 4096, 40, dtype=bf16, large=True),
+    ]
+
+
+OP = Op(
+    name="attention",
+    inputs="Tensor q, Tensor k, Tensor v, float scale",
+    outputs=("out",),
+    reference=reference,
+    allocate=_allocate,
+    cpp=_cpp,
+    cases=_cases,
+    moved=lambda q, k, v, scale: element_bytes(q, k, v, q),
+)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k') v, for each sample and head, without a mask.
+
+    For inference: it is not differentiable, and raises where a gradient would be asked for.
+    Head sizes that are a multiple of 8, up to 512, are ours on the CPU where it has AVX-512 (for
+    bfloat16 its dot product too); others are left to torch.
+
+    Args:
+        q: [N, heads, tokens, size], float32 or bfloat16, of any strides: views of a projection
+            [N, tokens, 3, heads, size] are read as they lie.
+        k, v: [N, heads, keys, size], of q's dtype; the number of keys may differ from the tokens.
+        scale: above 0; size^(-1/2) if None.
+
+    Returns:
+        [N, heads, tokens, size], stored as [N, tokens, heads, size]: the transpose and flatten
+        that follow in a U-Net's block cost nothing.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or number; the message says which.
+        RuntimeError: a tensor requires a gradient, and gradients are on.
+    """
+    errors.is_tensor("q", q)
+    errors.has_dtype("q", q, DTYPES_TAKEN)
+    if q.dim() != 4:
+        raise ValueError(f"q: has shape {tuple(q.shape)}, must be [N, heads, tokens, size]")
+    errors.is_tensor("k", k)
+    batch, heads, _, size = q.shape
+    if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (batch, heads, size) or not k.shape[2]:
+        raise ValueError(
+            f"k: has shape {tuple(k.shape)}, must be ({batch}, {heads}, keys, {size}), keys >= 1"
+        )
+    errors.on_device("k", k, "q", q)
+    errors.like("v", v, "k", k)
+    for name, value in {"k": k, "v": v}.items():
+        errors.has_dtype(name, value, (q.dtype,))
+    if scale is None:
+        scale = size**-0.5
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale={scale}: must be above 0 and finite")
+    errors.no_gradient(q=q, k=k, v=v)
+    return OP.call(q, k, v, scale)
