@@ -4,6 +4,7 @@ import torch as torch  # first: its OpenMP runtime is the one our kernels share
 
 from . import ops
 from .checkpoint import load, save
+from .engine import optimize
 from .interpolate import interpolate
 from .losses import DiffusionLoss
 from .models import UNet, UNetConfig
@@ -38,5 +39,6 @@ __all__ = [
     "interpolate",
     "load",
     "ops",
+    "optimize",
     "save",
 ]

@@ -71,6 +71,18 @@ class Rollout:
         self.t = t[:, :batch].unbind() if table.guided else self.t_both
         self.rows = torch.arange(len(table), device=device).unbind()
         self.columns = table.tensor(device)
+        self._prepare(t)
+
+    def _prepare(self, t: Tensor) -> None:
+        """Tell an optimized model (`fastdiff.optimize`) which calls will come."""
+        prepare = getattr(self.model, "prepare_rows", None)
+        if prepare is None:
+            return
+        guided = torch.tensor(self.guided, device=t.device)
+        if guided.any():
+            prepare(self.input, t[guided], *self.both)
+        if not guided.all():
+            prepare(self.first, t[~guided, : len(self.first)], *self.cond)
 
     def run(self, i: int, preview: Tensor | None = None) -> Tensor | None:
         """Run row i in place. With the columns of `previews(table)`, return the predicted x0."""

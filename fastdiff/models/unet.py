@@ -135,7 +135,7 @@ class UNet(nn.Module):
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, or labels; before any work.
         """
-        self._check(x, t, cond)
+        self.check(x, t, cond)
         return self.denoise(x, self.embed(t, cond))
 
     @staticmethod
@@ -143,7 +143,8 @@ class UNet(nn.Module):
         """Labels that mean "no class", as many as `cond` has."""
         return torch.full_like(cond, -1)
 
-    def _check(self, x: Tensor, t: Tensor, cond: Tensor | None) -> None:
+    def check(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> None:
+        """Raise ValueError or TypeError if `forward` does not take these; forward calls it."""
         config, multiple = self.config, self.config.downsampling
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise ValueError(

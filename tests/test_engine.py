@@ -1,0 +1,254 @@
+"""The engine against the network it was made from, in float64 and in torch's own precision."""
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from networks import NETWORKS, inputs, network, run
+from torch import nn
+
+import fastdiff
+from fastdiff import DDIMSampler, NoiseSchedule, optimize
+from fastdiff.engine import Engine
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_float32_error_is_at_most_three_times_torchs(name, batch):
+    model, args = network(name), inputs(name, batch)
+    truth = run(copy.deepcopy(model).double(), *args, dtype=torch.float64)
+    ours = relative(run(optimize(model), *args), truth)
+    assert ours <= 3 * relative(run(model, *args), truth)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bfloat16_error_is_at_most_1_3_times_torchs(name):
+    model, args = network(name), inputs(name)
+    truth = run(copy.deepcopy(model).double(), *args, dtype=torch.float64)
+    ours = relative(run(optimize(model, "bfloat16"), *args), truth)
+    torchs = run(copy.deepcopy(model).bfloat16(), *args, dtype=torch.bfloat16)
+    assert ours <= 1.3 * relative(torchs, truth)
+
+
+def test_a_bfloat16_network_is_computed_in_bfloat16_from_its_weights():
+    model, args = network("ddpm").bfloat16(), inputs("ddpm")
+    fast = optimize(model)
+    assert fast.compute == torch.bfloat16
+    with torch.no_grad():
+        out = fast(args[0].bfloat16(), args[1])
+    assert out.dtype == torch.bfloat16
+    assert relative(out.double(), run(model, *args, dtype=torch.bfloat16)) < 0.03
+
+
+@pytest.mark.parametrize("isa", ["avx2", "scalar"])
+def test_other_machines_are_served_by_onednn_and_torch(isa):
+    code = """
+import copy, torch
+from networks import inputs, network, run
+from fastdiff import optimize
+for name in ("adm", "UNet2DConditionModel"):
+    model, args = network(name), inputs(name)
+    truth = run(copy.deepcopy(model).double(), *args, dtype=torch.float64)
+    fast = optimize(model)
+    error, torchs = ((run(m, *args) - truth).norm() for m in (fast, model))
+    assert error <= 3 * torchs, (error, torchs)
+    assert "winograd" not in repr(fast), fast
+"""
+    env = {**os.environ, "FASTDIFF_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    if f"FASTDIFF_ISA={isa}: this machine runs" in done.stderr:
+        pytest.skip(f"no {isa} here")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_call_and_its_result_are_the_networks_own():
+    model, (x, t, text) = network("UNet2DConditionModel"), inputs("UNet2DConditionModel")
+    fast = optimize(model)
+    with torch.no_grad():
+        wanted, out = model(x, t, text), fast(x, t, encoder_hidden_states=text)
+        (first,) = fast(x, 7, text, return_dict=False)
+        named = fast(sample=x, timestep=torch.tensor(7), encoder_hidden_states=text)
+        half = fast(x.bfloat16(), t, text.bfloat16()).sample
+        same = model(x, 7, text).sample
+    assert type(out) is type(wanted)
+    torch.testing.assert_close(out.sample, wanted.sample, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first, same, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first, named.sample)
+    assert half.dtype == torch.bfloat16
+    assert fast.config.sample_size == model.config.sample_size
+
+
+def test_results_are_new_tensors_and_memory_stays_where_it_is():
+    fast, args = optimize(network("ddpm")), inputs("ddpm")
+    first = fast(*args)
+    kept, arena = first.clone(), fast._arena.data_ptr()
+    second = fast(args[0] + 1, args[1])
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+    fast(*inputs("ddpm", 1))
+    assert fast._arena.data_ptr() == arena
+    fast(*inputs("ddpm", 5))  # a larger batch moves the arena, and every program with it
+    assert fast._arena.data_ptr() != arena
+    torch.testing.assert_close(fast(*args), kept)
+
+
+def test_prepared_rows_are_computed_once_and_are_the_same(monkeypatch):
+    fast, (x, _, cond) = optimize(network("adm")), inputs("adm")
+    plain = [fast(x, torch.full((2,), i), cond) for i in range(6)]
+    rows = torch.arange(6)[:, None].repeat(1, 2)
+    embedding, calls = fast._latest.embedding, []
+    moving = embedding._moving
+    monkeypatch.setattr(embedding, "_moving", lambda *a: calls.append(a) or moving(*a))
+    fast.prepare_rows(x, rows, cond)
+    for i in (0, 3, 1, 5, 2, 4):
+        torch.testing.assert_close(fast(x, rows[i], cond), plain[i], rtol=1e-5, atol=1e-5)
+    assert len(calls) == 1
+    other = cond.flip(0)  # not what was prepared for
+    truth = run(network("adm"), x, rows[1], other)
+    torch.testing.assert_close(fast(x, rows[1], other).double(), truth, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
+    cond.copy_(other)  # the tensor of the run, with other labels in it
+    torch.testing.assert_close(fast(x, rows[1], cond).double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_long_runs_are_prepared_in_pieces(monkeypatch):
+    fast, (x, _, cond) = optimize(network("adm")), inputs("adm")
+    rows = torch.arange(7)[:, None].repeat(1, 2)
+    fast.prepare_rows(x, rows, cond)
+    whole = [fast(x, row, cond) for row in rows]
+    width = sum(n.meta["val"].numel() for n in fast._latest.embedding.moving)
+    monkeypatch.setattr("fastdiff.engine.embedding._CHUNK", 3 * width)
+    fast.prepare_rows(x, rows, cond)
+    for row, wanted in zip(rows, whole, strict=True):
+        torch.testing.assert_close(fast(x, row, cond), wanted)
+
+
+@pytest.mark.parametrize("interval", [None, (0.2, 0.7)])
+def test_samples_are_those_of_the_network(interval):
+    model = network("adm")
+    schedule = NoiseSchedule.cosine(1000)
+    sampler = DDIMSampler(schedule, steps=8, clip=1.0)
+    how = {"seed": 0, "cond": torch.tensor([0, 1, 3]), "guidance": 1.5}
+    if interval:
+        how["guidance_interval"] = interval
+    wanted = sampler.sample(model, (3, 3, 16, 16), **how)
+    ours = sampler.sample(optimize(model), (3, 3, 16, 16), **how)
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_changed_weights_are_noticed():
+    model, args = network("ddpm"), inputs("ddpm")
+    fast = optimize(model)
+    fast(*args)
+    with torch.no_grad():
+        model.input_blocks[0][0].weight.mul_(2)
+    assert relative(fast(*args).double(), run(model, *args)) < 1e-5
+
+
+def test_low_memory_does_without_the_largest_weights():
+    model, args = network("adm"), inputs("adm")
+    high, low = optimize(model), optimize(model, memory="low")
+    torch.testing.assert_close(low(*args), high(*args), rtol=1e-4, atol=1e-4)
+    assert "winograd4" not in repr(low)
+    for engine in (high, low):
+        assert engine._weights.bytes > 0
+    assert low._weights.bytes <= high._weights.bytes
+
+
+def test_the_report_names_every_layer_and_who_runs_it():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(16, 32, 3, padding=1)
+            self.grouped = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x, t):
+            return self.norm(torch.tanh(self.grouped(self.conv(x)))) * t[:, None, None, None]
+
+    model, (x, t) = Odd().eval(), (torch.randn(2, 16, 8, 8), torch.tensor([1, 2]))
+    fast = optimize(model)
+    with pytest.raises(RuntimeError, match="call the network first"):
+        fast.report()
+    torch.testing.assert_close(fast(x, t), model(x, t).detach())
+    report = fast.report(rounds=1)
+    where = {line.layer: line.backend for line in report.lines}
+    assert where["norm"] == "torch" and where["grouped"] == "onednn" and "conv" in where
+    assert all(line.seconds > 0 for line in report.lines)
+    assert "layers: torch" in str(report) and "torch" in repr(fast)
+    direct = 2 * 2 * 32 * 16 * 9 * 8 * 8
+    assert next(line.flops for line in report.lines if line.layer == "conv") == direct
+
+
+def test_engines_and_threads_do_not_meet():
+    jobs = [(optimize(network(name)), inputs(name)) for name in ("ddpm", "adm")]
+    jobs += jobs[:1]  # and one engine from two threads
+    wanted = [fast(*args) for fast, args in jobs]
+    faults = []
+
+    def work(fast, args, truth):
+        for _ in range(10):
+            if not torch.equal(fast(*args), truth):
+                faults.append(args)
+
+    threads = [
+        threading.Thread(target=work, args=(*job, truth))
+        for job, truth in zip(jobs, wanted, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+def test_bad_use_is_refused_with_advice():
+    model, (x, t) = network("ddpm"), inputs("ddpm")
+    with pytest.raises(TypeError, match="model: got list"):
+        optimize([model])
+    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
+        optimize(copy.deepcopy(model).train())
+    with pytest.raises(ValueError, match=r"dtype='float16': must be"):
+        optimize(model, "float16")
+    with pytest.raises(ValueError, match="memory='huge': must be"):
+        optimize(model, memory="huge")
+    with pytest.raises(ValueError, match=r"on meta.*model\.cpu\(\)"):
+        optimize(copy.deepcopy(model).to("meta"))
+    fast = optimize(model)
+    with pytest.raises(RuntimeError, match="for inference; train the network"):
+        fast.train()
+    with pytest.raises(RuntimeError, match=r"a gradient is asked for.*\.source"):
+        fast(x.clone().requires_grad_(), t)
+    with pytest.raises(ValueError, match=r"x of shape .* must be \[B, 3, H, W\]"):
+        fast(x[:, :2], t)
+    with pytest.raises(ValueError, match="divisible by 2"):
+        fast(x[..., :15], t)
+    with pytest.raises(ValueError, match="cond: this model is unconditional"):
+        fast(x, t, t)
+    with pytest.raises(TypeError, match="t: missing"):
+        fast(x)
+    with pytest.raises(TypeError, match="x: int64 on cpu, must be a floating CPU tensor"):
+        fast(x.long(), t)
+    with pytest.raises(TypeError):
+        optimize(fast)
+    assert isinstance(fast, Engine) and fast.eval() is fast and not list(fast.parameters())
+
+
+def test_what_cannot_be_traced_is_said():
+    class Moody(nn.Module):
+        def forward(self, x, t):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(RuntimeError, match=r"torch\.export cannot trace Moody"):
+        optimize(Moody().eval())(torch.ones(1, 3, 4, 4), torch.tensor([1]))
+
+
+def test_it_is_in_the_public_api():
+    assert fastdiff.optimize is optimize
