@@ -12,7 +12,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 NEEDS = ("diffusers", "matplotlib")
 # minutes on two cores, the compiling of peers included
-MINUTES = {"kernels": 1.3, "calls": 0.7, "end to end": 3.3, "accuracy": 0.1}
+MINUTES = {"kernels": 1.8, "calls": 0.7, "networks": 6.0, "end to end": 7.0, "accuracy": 0.1}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,15 +30,15 @@ def main(argv: list[str] | None = None) -> int:
 
     from fastdiff.ops import OPS
 
-    from . import accuracy, calls, ceiling, end_to_end, gate, kernels, picture, report
+    from . import accuracy, calls, ceiling, end_to_end, gate, kernels, networks, picture, report
     from .records import Settings, machine
 
     settings = Settings(args.steps, args.device, args.quick)
-    modules = {m.SECTION: m for m in (kernels, calls, end_to_end, accuracy)}
+    modules = {m.SECTION: m for m in (kernels, calls, networks, end_to_end, accuracy)}
     sections = args.only or list(MINUTES)
     host = machine(settings)
     print(report.head(host))
-    minutes = 0.5 if args.quick else sum(MINUTES[s] for s in sections)
+    minutes = 2 if args.quick else sum(MINUTES[s] for s in sections)
     print(f"sections: {', '.join(sections)}; about {minutes:.1f} minutes\n", flush=True)
     with torch.no_grad():
         timed = kernels.cases(settings) if kernels.SECTION in sections else set()
@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench/run.py",
-        description="fastdiff against diffusers and plain PyTorch: correctness first, then "
-        "kernels, small calls, whole sampling loops and accuracy.",
+        description="fastdiff against diffusers, OpenVINO, ONNX Runtime and PyTorch: correctness "
+        "first, then kernels, small calls, networks, whole sampling loops and accuracy.",
     )
     add = parser.add_argument
     add("--steps", type=_positive, default=50, help="sampling steps, end to end (default 50)")

@@ -1,163 +1,154 @@
-"""End to end: whole sampling loops on real networks, which decide nearly all of the time.
+"""End to end: whole sampling loops, fastdiff's on its engine, the others on each other runtime.
 
-All loops run one network in one dtype and mode, so a ratio tells the loops apart and is near 1 by
-nature. Other rows set fastdiff's network beside diffusers' own.
+The others' loop is diffusers': its DDIMScheduler, and guidance as its pipelines write it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from diffusers import UNet2DModel
 from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff import DDIMSampler
 from fastdiff.ops import randn
 
-from . import loops, peers, subjects
-from .records import FASTDIFF, PLAIN, RATE, Record, Settings, of_race, without_time
-from .subjects import Subject
-from .timing import Contender, race
+from . import loops, networks, peers, subjects
+from .networks import Row, Runner, bf16, fp32
+from .records import FASTDIFF, RATE, Record, Settings, of_race, without_time
+from .runtimes import EAGER, PIPELINE
+from .subjects import Bare, Subject
+from .timing import Contender
 
 SECTION = "end to end"
 GUIDANCE = 1.0
-SECONDS = 45.0  # a row runs fewer steps than asked for rather than take longer
-FEWEST_STEPS = 4
+FEW = 4  # steps
+LEAST_STEPS = 12  # that a figure rests on: short loops run several times
+SECONDS = 150.0  # a row runs fewer steps than asked for rather than take longer
 SAME_IMAGES = 1e-3  # relative difference in the 2-norm, in fp32
-
-fp32, bf16 = torch.float32, torch.bfloat16
-NAMES = {fp32: "fp32", bf16: "bf16"}
 
 
 @dataclass(frozen=True)
-class Row:
-    """A subject at a batch size and dtype; `compile`: torch.compile may be tried on it."""
+class Loop(Row):
+    """A guided loop on a network; `steps` None: as many as the command line says."""
 
-    name: str
-    build: Callable[[], Subject]
-    batch: int
-    dtype: torch.dtype
-    compile: bool = False
+    steps: int | None = None
 
     @property
     def about(self) -> dict[str, Any]:
-        title = f"{self.name}, batch {self.batch}, {NAMES[self.dtype]}"
-        return {"section": SECTION, "row": title, "dtype": NAMES[self.dtype]}
+        few = f", {self.steps} steps" if self.steps else ""
+        return {**super().about, "section": SECTION, "row": self.title + few}
 
 
-GUIDED, CIFAR = "fashion-mnist, guided", "CIFAR-10 network"
+CIFAR = Loop("CIFAR-10 network, guided", partial(subjects.cifar10, classes=10), 8, fp32)
+FASHION = Loop("fashion-mnist, guided", subjects.fashion_mnist, 16, fp32)
 ROWS = (
-    Row(GUIDED, subjects.fashion_mnist, 16, fp32, compile=True),
-    Row(GUIDED, subjects.fashion_mnist, 16, bf16, compile=True),
-    Row(CIFAR, subjects.cifar10, 1, fp32),
-    Row(CIFAR, subjects.cifar10, 1, bf16, compile=True),  # elsewhere it gains a percent or none
-    Row(CIFAR, subjects.cifar10, 16, fp32),
-    Row(CIFAR, subjects.cifar10, 16, bf16),
+    CIFAR,
+    FASHION,
+    replace(FASHION, steps=FEW),
+    replace(FASHION, dtype=bf16),
+    replace(FASHION, dtype=bf16, steps=FEW),
 )
 
 
 def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
-    """Loops in turns, a step each, then the networks alone."""
-    most = 2 if settings.quick else max(row.batch for row in ROWS)
+    """Loops in turns, a step each."""
     for row in tqdm(ROWS, desc=SECTION, leave=False):
-        row = replace(row, batch=min(row.batch, most))
+        row = replace(row, batch=min(row.batch, 2)) if settings.quick else row
+        title = row.about["row"]
         if "step" in refused:
-            yield without_time(SECTION, row.about["row"], f"refused: wrong ({refused['step']})")
+            yield without_time(SECTION, title, f"refused: wrong ({refused['step']})")
             continue
         try:
-            subject = row.build()
+            subject, runners, left_out = _ready(row.build, row.batch, row.dtype, settings)
         except FileNotFoundError as error:
-            yield without_time(SECTION, row.about["row"], f"left out: {error}")
+            yield without_time(SECTION, title, f"left out: {error}")
             continue
-        yield from _loops(row, subject, settings)
-        if row.build is subjects.cifar10:
-            yield from _alone(row, subject, settings)
+        yield from (without_time(SECTION, title, why, who) for who, why in left_out.items())
+        if FASTDIFF in runners:
+            yield from _raced(row, subject, runners, settings)
 
 
-def _loops(row: Row, subject: Subject, settings: Settings) -> Iterator[Record]:
-    device, dtype, shape = settings.device, row.dtype, (row.batch, *subject.size)
-    x_T = randn(shape, seed=0, device=device)
-    labels: tuple[Tensor, ...] = ()
-    guided: dict[str, Any] = {}
-    if subject.classes is not None:
-        cond = torch.arange(row.batch, device=device) % subject.classes
-        guided = {"cond": cond, "uncond": torch.full_like(cond, -1), "guidance": GUIDANCE}
-        labels = (torch.cat([cond, guided["uncond"]]),)
-    copies = 1 + len(labels)
+@lru_cache(maxsize=1)
+def _ready(
+    build: Callable[[], Subject], batch: int, dtype: torch.dtype, settings: Settings
+) -> tuple[Subject, dict[str, Runner], dict[str, str]]:
+    """The network in every runtime, for the doubled batch of guidance; rows in turn share it."""
+    subject = build()
+    also = (PIPELINE,) if isinstance(subject.network, UNet2DModel) else ()
+    example = subject.example(2 * batch, settings.device)
+    return subject, *networks.ready(subject, example, dtype, settings, also)
 
-    network = subjects.prepared(subject.network, dtype, device)
-    t = torch.full((copies * row.batch,), 500, device=device)
-    example = (torch.cat([x_T.to(dtype)] * copies), t, *labels)
-    how, network, ms = _best_mode(network, example, row.compile and settings.compile, device)
-    steps = min(settings.steps, max(FEWEST_STEPS, int(SECONDS * 1e3 / (3 * ms))))
 
-    def model(x: Tensor, t: Tensor) -> Tensor:  # as loops that are not fastdiff's call it
-        out = network(torch.cat([x] * copies), t.expand(copies * len(x)), *labels)
-        out = getattr(out, "sample", out)
-        if not labels:
-            return out
-        c, u = out.chunk(2)
-        return peers.guided(c, u, GUIDANCE)
+def _raced(
+    row: Loop, subject: Subject, runners: Mapping[str, Runner], settings: Settings
+) -> Iterator[Record]:
+    assert subject.classes is not None
+    shape = (row.batch, *subject.size)
+    steps = asked = row.steps or settings.steps
+    cost = sum(r.ms for r in runners.values()) / 1e3
+    steps = min(asked, max(FEW, int(SECONDS / cost)))
+    cut = "" if steps == asked else f", {steps} of {asked} steps"
+
+    x_T = randn(shape, seed=0, device=settings.device)
+    cond = torch.arange(row.batch, device=settings.device) % subject.classes
+    uncond = torch.full_like(cond, subject.null)
+    labels = torch.cat([cond, uncond])
+
+    def guided(runner: Runner, x: Tensor, t: Tensor) -> Tensor:
+        out = runner.call(torch.cat([x, x]), t.expand(2 * len(x)), labels)
+        return peers.guided(*out.float().chunk(2), GUIDANCE)
 
     clip = 1.0 if subject.config.get("clip_sample", True) else None
     options: dict[str, Any] = {"prediction": subject.prediction, "clip": clip}
     sampler = DDIMSampler.like("diffusers", subject.schedule, steps, **options)
-    scheduler = peers.ddim(steps, **subject.config)
-    others = {
-        peers.EAGER: loops.of_diffusers(scheduler, steps, model, x_T.to(dtype)),
-        PLAIN: loops.of_plain(sampler.table, model, x_T, dtype),
-    }
-    turns = loops.Turns(network, others, device)
-    x = sampler.sample(turns, shape, x_T=x_T, **guided)
-    times = {provider: np.array(us) for provider, us in turns.steps().items()}
-    apart = max(float((s.float() - x).norm() / x.norm()) for s in turns.states.values())
-    if dtype == fp32 and not apart <= SAME_IMAGES:
-        note = f"refused: wrong (its images are off by {apart:.1e} from another loop's)"
-        yield without_time(SECTION, row.about["row"], note)
+    ours = runners[FASTDIFF].call
+    assert isinstance(ours, Bare)
+    times: dict[str, list[float]] = {}
+    for _ in range(1 if settings.quick else math.ceil(LEAST_STEPS / steps)):
+        others = {
+            name: loops.of_diffusers(
+                peers.ddim(steps, **subject.config), steps, partial(guided, runner), x_T
+            )
+            for name, runner in runners.items()
+            if name != FASTDIFF
+        }
+        turns = loops.Turns(others, settings.device)
+        with ours.network.register_forward_pre_hook(turns):
+            x = sampler.sample(
+                ours.network, shape, x_T=x_T, cond=cond, uncond=uncond, guidance=GUIDANCE
+            )
+        for name, us in turns.steps().items():
+            times.setdefault(name, []).extend(us)
+    states = {FASTDIFF: x, **turns.states}
+    for name, why in (_strays(states) if row.dtype == fp32 else {}).items():
+        yield without_time(SECTION, row.about["row"], why, name)
+        del times[name]
+    if FASTDIFF not in times:
         return
-    if steps < settings.steps:
-        how += f", {steps} of {settings.steps} steps"
-    yield from _records(row, how, times, shape, settings.steps)
-
-
-def _records(
-    row: Row, how: str, times: dict[str, NDArray[Any]], shape: tuple[int, ...], steps: int
-) -> Iterator[Record]:
-    """Microseconds a step, and images a second of a whole run."""
-    raced = {provider: (Contender(provider, how, ()), us) for provider, us in times.items()}
+    raced = {
+        name: (Contender(name, runners[name].runtime.setting + cut, ()), np.array(us))
+        for name, us in times.items()
+    }
     yield from of_race(raced, shape=shape, **row.about)
-    for provider, us in times.items():
-        rate = float(row.batch * 1e6 / (us.mean() * steps))
-        yield Record(provider=provider, metric=RATE, p50=rate, shape=shape, **row.about)
+    for name, us in times.items():
+        rate = row.batch * 1e6 / (np.mean(us) * asked)
+        yield Record(provider=name, metric=RATE, p50=float(rate), shape=shape, **row.about)
 
 
-def _best_mode(
-    network: Any, example: tuple[Tensor, ...], compile: bool, device: str
-) -> tuple[str, Any, float]:
-    """The faster of eager and compiled: its name, the network in it, and milliseconds a call."""
-    modes = {"eager": network}
-    if compile:
-        modes["compiled"] = torch.compile(network, dynamic=False)
-    contenders = [Contender("network", how, (partial(n, *example),)) for how, n in modes.items()]
-    best, us = race(contenders, device, 0.0, 1)["network"]
-    return best.how, modes[best.how], float(us[0]) / 1e3
-
-
-def _alone(row: Row, subject: Subject, settings: Settings) -> Iterator[Record]:
-    """fastdiff's network and diffusers', of the same layers, both eager."""
-    device, shape = settings.device, (row.batch, *subject.size)
-    x = torch.randn(shape, device=device).to(row.dtype)
-    t = torch.full(shape[:1], 500, device=device)
-    networks = {FASTDIFF: subjects.cifar10_of_fastdiff(), peers.EAGER: subject.network}
-    contenders = [
-        Contender(who, "eager", (partial(subjects.prepared(network, row.dtype, device), x, t),))
-        for who, network in networks.items()
-    ]
-    raced = race(contenders, device, settings.seconds, 3)
-    yield from of_race(raced, shape=shape, **replace(row, name=f"{CIFAR} alone").about)
+def _strays(states: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of which loops the images are not those of eager PyTorch, and by how much."""
+    wanted = states[EAGER.name]
+    apart = {name: float((x - wanted).norm() / wanted.norm()) for name, x in states.items()}
+    return {
+        name: f"refused: wrong (its images are off by {error:.1e} from {EAGER.name}'s)"
+        for name, error in apart.items()
+        if not error <= SAME_IMAGES
+    }

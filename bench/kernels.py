@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastdiff.op import Op
 from fastdiff.ops import OPS
 
-from . import peers, step, work
+from . import layers, peers, step, work
 from .records import COPY, FASTDIFF, Record, Settings, of_race, without_time
 from .timing import Contender, race
 from .work import Work
@@ -55,6 +55,11 @@ ROWS = (
     Row("noising, noise made, v", "noising", "large", "seeded", work.noising),
     Row("cfg", "cfg", "large", "fp32", work.cfg),
     Row("randn", "randn", "large", "image", work.randn),
+    Row("group_norm_silu, bf16", "group_norm_silu", "large", "bf16-last", layers.group_norm_silu),
+    Row("attention, bf16", "attention", "large", "size-256-bf16", layers.attention),
+    Row("attention, many tokens, bf16", "attention", "large-many", "bf16", layers.attention),
+    Row("conv3x3", "conv3x3", "large-f4-16x256x16x16x256", "f4", layers.conv3x3),
+    Row("conv3x3, bf16", "conv3x3", "large-bf16-16x256x16x16x256", "f2-bf16", layers.conv3x3),
 )
 
 

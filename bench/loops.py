@@ -34,27 +34,25 @@ def of_plain(table: Table, model: Model, x: Tensor, dtype: torch.dtype) -> Loop:
         yield plain.step_in_place(x, model(x.to(dtype), time), k, table.noisy, D=D, z=z)
 
 
-class Turns(nn.Module):
-    """A network that lets other loops take a step each time fastdiff's loop calls it.
+class Turns:
+    """A forward pre-hook for a network: whenever fastdiff's loop calls it, others take a step.
 
     All loops so share whatever happens to the machine, and fastdiff's is its public
     `Sampler.sample`. After the run, `steps()` has the microseconds of each step, by provider; a
     loop's preparation counts into its first. `states` has where the others ended.
     """
 
-    def __init__(self, network: nn.Module, others: Mapping[str, Loop], device: str) -> None:
-        super().__init__()
-        self.network, self.others, self.device = network, others, device
+    def __init__(self, others: Mapping[str, Loop], device: str) -> None:
+        self.others, self.device = others, device
         self.states: dict[str, Tensor] = {}
         self.times: dict[str, list[float]] = {p: [] for p in (FASTDIFF, *others)}
         self.since = now(device)
 
-    def forward(self, *args: Tensor) -> Any:
+    def __call__(self, network: nn.Module, args: tuple[Any, ...]) -> None:
         self._lap(FASTDIFF)
         for provider, loop in self.others.items():
             self.states[provider] = next(loop)
             self._lap(provider)
-        return self.network(*args)
 
     def _lap(self, provider: str) -> None:
         self.times[provider].append(1e6 * (now(self.device) - self.since))

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import accuracy
 from .kernels import IN_CACHE
 from .records import FASTDIFF, YARDSTICKS, Record
 
-COLOURS = ("#3b6ea5", "#8fb8de", "#c8a24a")
+COLOURS = (
+    "#3b6ea5", "#8fb8de", "#c8a24a", "#4c8c5a", "#b4564f", "#8d6bb0", "#7f7f7f",
+)  # fmt: skip
 
 
 def draw(path: Path, machine: dict[str, Any], records: Sequence[Record]) -> bool:
@@ -23,8 +24,8 @@ def draw(path: Path, machine: dict[str, Any], records: Sequence[Record]) -> bool
     shown = {
         (r.provider, r.row): r.ratio
         for r in records
-        if r.ratio and r.provider not in (FASTDIFF, *YARDSTICKS)
-        if r.section != accuracy.SECTION and not r.row.endswith(IN_CACHE)
+        if r.ratio and r.metric == "us" and r.provider not in (FASTDIFF, *YARDSTICKS)
+        if not r.row.endswith(IN_CACHE)
     }
     if not shown:
         return False

@@ -21,8 +21,15 @@ from .timing import Contender, Spread
 
 FASTDIFF, PLAIN = "fastdiff", "plain PyTorch"
 COPY, UNGUIDED = "copy", "unguided"
+CONVOLUTION = "as convolutions"  # the time that a network's FLOPs take in oneDNN's convolution
+OWN = "the dtype's own"  # PyTorch's eager error in the dtype
 RATE = "images/s"  # a metric
-YARDSTICKS = {COPY: "copies", UNGUIDED: "x unguided"}  # providers fastdiff is measured in
+YARDSTICKS = {  # providers fastdiff is measured in, and the column that shows it
+    COPY: "copies",
+    UNGUIDED: "x unguided",
+    CONVOLUTION: "x as convolutions",
+    OWN: "x the dtype's own",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ class Record:
     """One measurement. `p50` is None where there is none; `note` then says why.
 
     `ratio` is this provider's time over fastdiff's in the same round, the median over rounds:
-    above 1, fastdiff is faster. `how` is the option of the provider that was fastest.
+    above 1, fastdiff is faster. `how` is the option of the provider that was fastest. `gflop` is
+    the work of a row in 1e9 FLOPs, as direct algorithms do it.
     """
 
     section: str
@@ -66,6 +74,7 @@ class Record:
     p80: float | None = None
     ratio: float | None = None
     gb_s: float | None = None
+    gflop: float | None = None
     how: str = ""
     shape: tuple[int, ...] = ()
     dtype: str = ""
@@ -103,13 +112,13 @@ def machine(settings: Settings) -> dict[str, Any]:
         from fastdiff import _C  # type: ignore[attr-defined]
 
         kernels = f"cpp, {_C.isa()}"
-    packages = ("fastdiff", "torch", "diffusers", "numpy")
+    packages = ("fastdiff", "torch", "diffusers", "openvino", "onnxruntime", "numpy")
     return {
         "device": torch.cuda.get_device_name() if settings.device == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "kernels": kernels,
-        "versions": {p: _version(p) for p in packages} | {"python": platform.python_version()},
+        "versions": {p: version_of(p) for p in packages} | {"python": platform.python_version()},
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": settings.steps,
@@ -117,11 +126,12 @@ def machine(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version."""
     try:
         return version(package)
     except PackageNotFoundError:
-        return "source tree"
+        return "not installed"
 
 
 def _cpu_name() -> str:

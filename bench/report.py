@@ -48,6 +48,8 @@ def table(section: str, records: Sequence[Record], required: bool = True) -> str
         columns[YARDSTICKS.get(provider, f"x {provider}")] = partial(_ratio, found, provider)
     if any(r.gb_s for r in records):
         columns["GB/s (of copy's)"] = lambda row: _moved(found, row)
+    if any(r.gflop for r in records):
+        columns["GFLOP/s"] = lambda row: _rate_of_work(found.get((row, FASTDIFF)))
     if rates := {r.row: r for r in reversed(records) if r.metric == RATE}:
         columns[RATE] = lambda row: f"{rates[row].p50:.3g}" if row in rates else ""
     if required:
@@ -111,6 +113,12 @@ def _moved(found: Found, row: str) -> str:
     if not (ours and copy and ours.gb_s and copy.gb_s):
         return ""
     return f"{ours.gb_s:.0f} ({ours.gb_s / copy.gb_s:.0%})"
+
+
+def _rate_of_work(record: Record | None) -> str:
+    if not (record and record.p50 and record.gflop):
+        return ""
+    return f"{1e6 * record.gflop / record.p50:.0f}"
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:

@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 
 import fastdiff
 from fastdiff import NoiseSchedule, UNet, UNetConfig
+from fastdiff.ops import randn
 
 
 @dataclass(frozen=True)
 class Subject:
     """A network, what samplers need to know, and the same in diffusers' terms.
 
-    `size` is an image's. `classes` is how many it is guided over; None: it is not guided.
+    `size` is an image's. `classes` is how many it is guided over, None: it is not guided; `null`
+    is the label of no class.
     """
 
     network: Any
@@ -26,6 +28,29 @@ class Subject:
     prediction: str
     config: dict[str, Any] = field(default_factory=dict)
     classes: int | None = None
+    null: int = -1
+
+    def example(self, batch: int, device: str) -> tuple[Tensor, ...]:
+        """Arguments (x, t) or (x, t, labels), different for each image."""
+        x = randn((batch, *self.size), seed=0, device=device)
+        t = torch.linspace(0, 999, batch, device=device).long()
+        if self.classes is None:
+            return x, t
+        labels = torch.arange(batch, device=device) % (self.classes + 1)
+        return x, t, torch.where(labels == self.classes, self.null, labels)
+
+
+class Bare(nn.Module):
+    """A network whose output is a tensor, as exporters want it: diffusers' comes in a record."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.train(network.training)  # exporters restore the mode they find
+
+    def forward(self, *args: Tensor) -> Tensor:
+        out = self.network(*args)
+        return getattr(out, "sample", out)
 
 
 def fashion_mnist() -> Subject:
@@ -37,11 +62,13 @@ def fashion_mnist() -> Subject:
     return Subject(model, (1, 32, 32), model.schedule, model.prediction, config, classes)
 
 
-def cifar10() -> Subject:
+def cifar10(classes: int | None = None) -> Subject:
     """The network of Ho et al. 2020 as diffusers has it, google/ddpm-cifar10-32's configuration.
 
-    Its weights are random, which costs the same time.
+    With classes, an embedding of these and of none is added to the time's. Its weights are random,
+    which costs the same time.
     """
+    torch.manual_seed(0)
     network = UNet2DModel(
         sample_size=32,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
@@ -52,15 +79,23 @@ def cifar10() -> Subject:
         flip_sin_to_cos=False,
         freq_shift=1,
         norm_eps=1e-6,
+        num_class_embeds=None if classes is None else classes + 1,
     )
     # clipped, a loop with random weights is chaotic: float32 is off by 4 % after 50 steps
     unclipped = {"clip_sample": False}
-    return Subject(network, (3, 32, 32), NoiseSchedule.linear(1000), "eps", unclipped)
+    return Subject(
+        network.eval().requires_grad_(False), (3, 32, 32), NoiseSchedule.linear(1000), "eps",
+        unclipped, classes, -1 if classes is None else classes,
+    )  # fmt: skip
 
 
-def cifar10_of_fastdiff() -> nn.Module:
-    """The same layers in fastdiff's network."""
-    return UNet(UNetConfig.ddpm_cifar10())
+def adm256() -> Subject:
+    """guided-diffusion's 256-pixel ImageNet network (554 M parameters), with random weights."""
+    torch.manual_seed(0)
+    config = UNetConfig.adm(256)
+    network = UNet(config).eval().requires_grad_(False)
+    linear = NoiseSchedule.linear(1000)
+    return Subject(network, (3, 256, 256), linear, "eps", classes=config.num_classes)
 
 
 def prepared(network: Any, dtype: torch.dtype, device: str) -> Any:

@@ -143,11 +143,21 @@ void randn(int64_t samples, int64_t elements, int64_t streams, uint32_t row, boo
 // each time it is called, without arguments: for who makes the same call over and over.
 template <class Op, class... Args>
 void add(py::module_& module, const std::string& name, Op (*made)(Args...),
-         void (*run)(const Op&)) {
+         void (*Kernels::*kernel)(Op), int64_t (*work)(const Op&)) {
+  const auto run = [=](const Op& op) {
+    const Unlocked unlocked(work(op));
+    (active().*kernel)(op);
+  };
   module.def(name.c_str(), [=](Args... args) { run(made(args...)); });
   module.def(("bind_" + name).c_str(), [=](Args... args) {
     return py::cpp_function([run, op = made(args...)] { run(op); });
   });
+}
+
+// Adds name_runs(dtype): whether a kernel is there for this dtype on this machine.
+void add_runs(py::module_& module, const std::string& name, bool (*Kernels::*runs)(DType)) {
+  module.def((name + "_runs").c_str(),
+             [=](int dtype) { return (active().*runs)(static_cast<DType>(dtype)); });
 }
 
 // Sizes: samples, height, width, output channels, input channels, tile, upsample, bias stride.
@@ -159,46 +169,27 @@ Conv3x3 conv3x3(const py::tuple& size, int dtype, int64_t weight, int64_t bias, 
           operand(o[1]), operand(o[2])};
 }
 
-void run_conv3x3(const Conv3x3& op) {
-  const Unlocked unlocked(op.samples * op.height * op.width * op.outputs);
-  active().conv3x3(op);
-}
-
 // Size: samples, channels, pixels, groups.
-void group_norm_silu(const py::tuple& size, double eps, bool silu, const py::list& o) {
+GroupNormSilu group_norm_silu(const py::tuple& size, double eps, bool silu, const py::list& o) {
   const Size of = size_of(size);
-  const GroupNormSilu op = {of.of[0],       of.of[1],      of.of[2],      of.of[3],
-                            static_cast<float>(eps), silu, operand(o[0]), operand(o[1]),
-                            operand(o[2]), operand(o[3]), operand(o[4]), operand(o[5])};
-  const Unlocked unlocked(op.samples * op.channels * op.pixels);
-  active().group_norm_silu(op);
+  return {of.of[0], of.of[1], of.of[2], of.of[3], static_cast<float>(eps), silu,
+          operand(o[0]), operand(o[1]), operand(o[2]), operand(o[3]), operand(o[4]),
+          operand(o[5])};
 }
 
 // Size: batch, heads, queries, keys; then a head's.
-void attention(const py::tuple& size, int64_t head_size, double scale, const py::list& o) {
+Attention attention(const py::tuple& size, int64_t head_size, double scale, const py::list& o) {
   const Size of = size_of(size);
-  const Attention op = {of.of[0],     of.of[1],     of.of[2],     of.of[3],
-                        head_size,    static_cast<float>(scale),
-                        operand(o[0]), operand(o[1]), operand(o[2]), operand(o[3])};
-  const Unlocked unlocked(of.all() * head_size);
-  active().attention(op);
+  return {of.of[0], of.of[1], of.of[2], of.of[3], head_size, static_cast<float>(scale),
+          operand(o[0]), operand(o[1]), operand(o[2]), operand(o[3])};
 }
 
 // Size: samples, rows, inputs, outputs. Operands: x, residual, out.
-void linear(const py::tuple& size, int dtype, int64_t weight, int64_t bias, const py::list& o) {
+Linear linear(const py::tuple& size, int dtype, int64_t weight, int64_t bias, const py::list& o) {
   const Size of = size_of(size);
-  const Linear op = {of.of[0],
-                     of.of[1],
-                     of.of[2],
-                     of.of[3],
-                     static_cast<DType>(dtype),
-                     pointer<const void>(weight),
-                     pointer<const float>(bias),
-                     operand(o[0]),
-                     operand(o[1]),
-                     operand(o[2])};
-  const Unlocked unlocked(op.samples * op.rows * op.outputs);
-  active().linear(op);
+  return {of.of[0], of.of[1], of.of[2], of.of[3], static_cast<DType>(dtype),
+          pointer<const void>(weight), pointer<const float>(bias), operand(o[0]), operand(o[1]),
+          operand(o[2])};
 }
 
 }  // namespace
@@ -213,18 +204,17 @@ PYBIND11_MODULE(_C, module) {
   module.def("noising", &noising);
   module.def("cfg", &cfg);
   module.def("randn", &randn);
-  module.def(
-      "conv3x3_runs", [](int dtype) { return active().conv3x3_runs(static_cast<DType>(dtype)); },
-      "Whether conv3x3 is there for this dtype on this machine.");
-  add(module, "conv3x3", &conv3x3, &run_conv3x3);
-  module.def("group_norm_silu", &group_norm_silu);
-  module.def(
-      "attention_runs",
-      [](int dtype) { return active().attention_runs(static_cast<DType>(dtype)); },
-      "Whether attention is there for this dtype on this machine.");
-  module.def("attention", &attention);
-  module.def(
-      "linear_runs", [](int dtype) { return active().linear_runs(static_cast<DType>(dtype)); },
-      "Whether linear is there for this dtype on this machine.");
-  module.def("linear", &linear);
+  add_runs(module, "conv3x3", &Kernels::conv3x3_runs);
+  add_runs(module, "attention", &Kernels::attention_runs);
+  add_runs(module, "linear", &Kernels::linear_runs);
+  add<Conv3x3>(module, "conv3x3", &conv3x3, &Kernels::conv3x3, [](const Conv3x3& op) {
+    return op.samples * op.height * op.width * op.outputs;
+  });
+  add<GroupNormSilu>(module, "group_norm_silu", &group_norm_silu, &Kernels::group_norm_silu,
+                     [](const GroupNormSilu& op) { return op.samples * op.channels * op.pixels; });
+  add<Attention>(module, "attention", &attention, &Kernels::attention, [](const Attention& op) {
+    return op.batch * op.heads * op.queries * op.keys * op.size;
+  });
+  add<Linear>(module, "linear", &linear, &Kernels::linear,
+              [](const Linear& op) { return op.samples * op.rows * op.outputs; });
 }

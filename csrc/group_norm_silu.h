@@ -15,30 +15,32 @@ struct GroupNormSilu {
 };
 
 struct Normal {
-  float mean, scale;  // scale: 1 / sqrt(variance + eps)
+  double mean, scale;  // scale: 1 / sqrt(variance + eps)
 };
 
-// Of `count` numbers with this sum and sum of squares, both float64.
+// Of `count` numbers with this sum and sum of squares.
 FD_HOST_DEVICE Normal normal_of(double count, double sum, double square, float eps) {
   const double mean = sum / count, variance = square / count - mean * mean;
   const double positive = variance < 0 ? 0 : variance;  // NaN stays NaN
-  return {static_cast<float>(mean), static_cast<float>(1.0 / __builtin_sqrt(positive + eps))};
+  return {mean, 1.0 / __builtin_sqrt(positive + eps)};
 }
 
-// What a channel's elements go through: a (x - mean) + b.
+// What a channel's elements go through: a x + b.
 struct Affine {
-  float mean, a, b;
+  float a, b;
 };
 
+// b is what a as rounded asks for, in double: a mean can be much larger than what is left of x.
 FD_HOST_DEVICE Affine affine_of(const Normal& group, float weight, float bias, float scale,
                                 float shift) {
-  const float gain = 1.0f + scale;
-  return {group.mean, group.scale * weight * gain, FD_FMA(bias, gain, shift)};
+  const double gain = 1.0 + scale;
+  const float a = static_cast<float>(group.scale * weight * gain);
+  return {a, static_cast<float>(bias * gain + shift - a * group.mean)};
 }
 
 template <bool with_silu>
-FD_HOST_DEVICE float group_norm_silu_element(float mean, float a, float b, float x) {
-  const float y = FD_FMA(a, x - mean, b);
+FD_HOST_DEVICE float group_norm_silu_element(float a, float b, float x) {
+  const float y = FD_FMA(a, x, b);
   return with_silu ? silu(y) : y;
 }
 

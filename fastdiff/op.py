@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ class Op:
     `allocate(*inputs)` returns the outputs uninitialised, None where one is not asked for.
     `moved(*inputs)` is the fewest bytes the op can move. The launcher of backend "cpp" is
     `cpp(*inputs, *outputs)`, that of "triton" is `launch` in `fastdiff.kernels.<name>`.
+    `described(*inputs, *outputs)` are the arguments of `_C.<name>` and `_C.bind_<name>`, or None
+    where the kernel does not take such tensors: then `cpp` runs, or the reference if that is None.
     `backward` is torch.library's pair (setup_context, backward). Once registered, `call(*inputs)`
     is the functional form and `write(*inputs, **outputs)` the one that writes into its outputs.
     """
@@ -92,10 +94,11 @@ class Op:
     outputs: tuple[str, ...]
     reference: Callable[..., tuple[torch.Tensor | None, ...]]
     allocate: Callable[..., tuple[torch.Tensor | None, ...]]
-    cpp: Callable[..., None]
     cases: Callable[[], list[Case]]
     moved: Callable[..., int]
     backward: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    cpp: Callable[..., None] | None = None
+    described: Callable[..., tuple[Any, ...] | None] | None = None
     call: Callable[..., Any] = field(init=False)
     write: Callable[..., None] = field(init=False)
     _launchers: dict[str, Callable[..., None]] = field(init=False, default_factory=dict)
@@ -114,6 +117,19 @@ class Op:
             self._launchers[name] = self._load(name)
         return self._launchers[name]
 
+    def bind(self, *args: Any) -> Callable[[], Any]:
+        """A call without arguments that runs the op on CPU tensors `(*inputs, *outputs)`.
+
+        Checks and addresses are settled here, once; the tensors must stay alive and in place.
+        """
+        launcher = self.launcher("cpu")
+        if launcher != self._run_described or not self.described:
+            return partial(launcher, *args)
+        described = self.described(*args)
+        if described is None:
+            return partial(launcher, *args)
+        return getattr(importlib.import_module("fastdiff._C"), f"bind_{self.name}")(*described)
+
     def has_triton(self) -> bool:
         """Whether there is a Triton kernel, installed with the package, of this op."""
         if "triton" not in self._launchers:
@@ -123,7 +139,18 @@ class Op:
     def _load(self, name: str) -> Callable[..., None]:
         if name == "triton":
             return importlib.import_module(f"{__package__}.kernels.{self.name}").launch
-        return self.cpp if name == "cpp" else self._copy_reference
+        if name == "cpp" and self.described:
+            return self._run_described
+        return self.cpp if name == "cpp" and self.cpp else self._copy_reference
+
+    def _run_described(self, *args: Any) -> None:
+        described = self.described(*args) if self.described else None
+        if described is not None:
+            getattr(importlib.import_module("fastdiff._C"), self.name)(*described)
+        elif self.cpp is not None:
+            self.cpp(*args)
+        else:
+            self._copy_reference(*args)
 
     def _copy_reference(self, *args: Any) -> None:
         inputs, outputs = args[: -len(self.outputs)], args[-len(self.outputs) :]

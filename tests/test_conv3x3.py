@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fastdiff import ops
-from fastdiff.ops.conv3x3 import _C, described, matrices
+from fastdiff.ops.conv3x3 import matrices
 
 LAST = torch.channels_last
 BF16 = torch.bfloat16
@@ -72,7 +72,7 @@ def test_the_result_can_be_written_into_a_part_of_the_channels():
     expected = ops.conv3x3(x, packed)
     assert torch.equal(part, expected)
     if ops.conv3x3_available(x.dtype):
-        run = _C.bind_conv3x3(*described(x, packed, None, part, False, part))
+        run = ops.OPS["conv3x3"].bind(x, packed, None, part, False, part)
         for _ in range(2):
             run()
             expected = ops.conv3x3(x, packed, residual=expected)

@@ -241,6 +241,32 @@ def test_bad_use_is_refused_with_advice():
     assert isinstance(fast, Engine) and fast.eval() is fast and not list(fast.parameters())
 
 
+def test_state_and_place_are_the_networks(tmp_path):
+    model, args = network("ddpm"), inputs("ddpm")
+    fast = optimize(model)
+    before = fast(*args)
+    kept = {name: value.clone() for name, value in fast.state_dict().items()}
+    assert kept.keys() == model.state_dict().keys()
+    fast.load_state_dict({name: 1.1 * value for name, value in kept.items()})
+    assert not torch.equal(fast(*args), before)
+    fast.load_state_dict(kept)
+    torch.testing.assert_close(fast(*args), before)
+    assert fast.to("cpu").float() is fast
+    for change in (lambda: fast.to("meta"), fast.half, fast.bfloat16):
+        with pytest.raises(RuntimeError, match="stays on the CPU and computes in float32"):
+            change()
+
+
+def test_50_steps_of_the_shipped_model_are_as_near_torchs_as_its_own_layouts_are():
+    model = fastdiff.load("fashion-mnist")
+    sampler = DDIMSampler(model.schedule, steps=50, prediction=model.prediction)
+    how = {"seed": 0, "cond": torch.tensor([9, 3])}
+    truth = sampler.sample(model, (2, 1, 32, 32), **how)
+    ours = sampler.sample(optimize(model), (2, 1, 32, 32), **how)
+    other = sampler.sample(model.to(memory_format=torch.channels_last), (2, 1, 32, 32), **how)
+    assert 0 < relative(ours, truth) <= 3 * relative(other, truth)
+
+
 def test_what_cannot_be_traced_is_said():
     class Moody(nn.Module):
         def forward(self, x, t):

@@ -126,6 +126,28 @@ def test_group_norm_silu_is_the_unets_own(channels_last):
     assert ours.stride() == x.stride() and torch.allclose(ours, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_silu_from_a_slice_into_a_slice_with_float32_parameters(dtype):
+    """As the engine calls it: images that are channels of wider ones, one projection for AdaGN."""
+    wide, narrow, wider = (torch.randn(2, 6, 5, c).to(dtype) for c in (96, 64, 160))
+    weight, bias, projection = torch.randn(64), torch.randn(64), torch.randn(2, 400)
+    scale, shift = projection[:, 100:164], projection[:, 164:228]
+
+    def image(pixels):
+        return pixels.permute(0, 3, 1, 2)
+
+    inputs = (image(wide[..., 16:80]), 8, weight, bias, 1e-5, scale, shift, True)
+    op, out = OPS["group_norm_silu"], wider[..., 32:96]
+    before = wider.clone()
+    op.write(*inputs, out=image(out))
+    narrow.copy_(wide[..., 16:80])
+    assert torch.equal(image(out), op.call(image(narrow), *inputs[1:]))
+    truth = op.reference(inputs[0].double(), *inputs[1:])[0]
+    assert (image(out) - truth).abs().max() < (1e-5 if dtype == torch.float32 else 0.1)
+    assert torch.equal(wider[..., :32], before[..., :32])
+    assert torch.equal(wider[..., 96:], before[..., 96:])
+
+
 def test_attention_reads_a_projection_and_its_output_flattens_without_a_copy():
     qkv = torch.randn(2, 9, 3, 2, 32)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -133,6 +155,18 @@ def test_attention_reads_a_projection_and_its_output_flattens_without_a_copy():
     assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()
     weights = (q @ k.mT * 32**-0.5).softmax(-1)
     assert torch.allclose(out, weights @ v, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["conv3x3", "group_norm_silu", "attention", "linear"])
+def test_a_bound_call_is_the_op_on_what_is_there_at_the_time(name):
+    op = OPS[name]
+    inputs = next(case for case in op.cases() if not case.large).inputs("cpu")
+    out = op.allocate(*inputs)[0]
+    run = op.bind(*inputs, out)
+    for _ in range(2):
+        inputs[0].add_(inputs[0].roll(1, -1))
+        run()
+        assert torch.equal(out, op.call(*inputs))
 
 
 def test_ops_without_a_gradient_refuse_to_be_trained_through():

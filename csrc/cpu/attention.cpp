@@ -34,7 +34,8 @@ struct Blocks {
 
   int64_t queries_of_task() const {
     int64_t rows = op.size <= 64 ? 1024 : op.size <= 128 ? 512 : 256;
-    const int64_t heads = op.batch * op.heads, enough = most_threads() == 1 ? 1 : 4 * most_threads();
+    const int64_t heads = op.batch * op.heads, threads = most_threads();
+    const int64_t enough = threads == 1 ? 1 : 4 * threads;
     while (rows > 64 && heads * ((op.queries + rows - 1) / rows) < enough) rows /= 2;
     return rows;
   }

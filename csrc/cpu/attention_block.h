@@ -100,7 +100,7 @@ inline float largest_of(const float* x, int64_t count) {
   return _mm512_reduce_max_ps(most);
 }
 
-// weights[i] = 2^(scale (x[i] - most)), and 0 after the last up to a whole vector; returns their sum.
+// weights[i] = 2^(scale (x[i] - most)), and 0 after the last up to a whole vector; gives their sum.
 inline float exponentials(const float* x, int64_t count, float scale, float most, float* weights) {
   __m512 sum = _mm512_setzero_ps();
   const __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(most);

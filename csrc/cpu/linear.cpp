@@ -17,6 +17,8 @@ namespace {
 
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);
+template <class T>
+constexpr int64_t kChunk = sizeof(T) == 4 ? 128 : 256;  // terms summed at once
 constexpr int64_t kBlock = 128 << 10;  // bytes of a block of rows
 
 FD_HOST_DEVICE void put(float* to, Vec left, Vec right) {
@@ -68,7 +70,7 @@ template <class T>
 struct Layer {
   const Linear& op;
   const int64_t depth = op.inputs, panels = op.outputs / kPanel;
-  const int64_t chunks = (depth + kTerms<T> - 1) / kTerms<T>;
+  const int64_t chunks = (depth + kChunk<T> - 1) / kChunk<T>;
   const int64_t fit = kBlock / static_cast<int64_t>(depth * sizeof(T));
   const int64_t most = std::clamp<int64_t>(fit, 32, 256) / kRows * kRows;  // rows of a block
   const int64_t blocks = (op.rows + most - 1) / most;
@@ -95,7 +97,7 @@ struct Layer {
     const T* const next = from + most < op.rows ? at(op.x, sample, from + most, 0) : nullptr;
     const int64_t lines = (depth + kLine<T> - 1) / kLine<T>, steps = panels * chunks;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t c = chunk * kTerms<T>, terms = std::min(depth - c, kTerms<T>);
+      const int64_t c = chunk * kChunk<T>, terms = std::min(depth - c, kChunk<T>);
       const int64_t step = panel * chunks + chunk;
       const int64_t first = lines * step / steps * kLine<T>;
       const int64_t last = lines * (step + 1) / steps * kLine<T>;

@@ -29,7 +29,8 @@ std::vector<double> expected(const Field& q, const Field& k, const Field& v, con
   double most = -INFINITY, sum = 0;
   for (int64_t key = 0; key < n.keys; ++key) {
     for (int64_t d = 0; d < n.size; ++d)
-      weight[key] += scale * q.get(batch, at(n.queries, query, d)) * k.get(batch, at(n.keys, key, d));
+      weight[key] +=
+          scale * q.get(batch, at(n.queries, query, d)) * k.get(batch, at(n.keys, key, d));
     most = std::max(most, weight[key]);
   }
   for (double& w : weight) sum += w = std::exp(w - most);

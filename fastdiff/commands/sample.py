@@ -16,6 +16,7 @@ import torch
 
 from .. import images, samplers
 from ..checkpoint import load
+from ..engine import optimize
 from ..models import UNet
 
 SAMPLERS = {
@@ -44,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("samples.png"))
     add("--scale", type=int, default=2, help="screen pixels a pixel in pictures (default 2)")
     add("--trajectory", action="store_true", help="animate the predicted images")
+    add("--engine", default="float32", choices=("float32", "bfloat16", "off"),
+        help="on the CPU: the dtype of the optimized network; off is plain torch")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -59,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
     model = load(args.model).to(args.device)
     sampler = _sampler(args, model)
     labels = _labels(args, model)
+    network: torch.nn.Module = model
+    if args.engine != "off" and torch.device(args.device).type == "cpu":
+        network = optimize(model, args.engine)
     start = time.perf_counter()
     frames: list[torch.Tensor] = []
     batches = []
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             parts.append(images.to_uint8(x0))
 
         x = sampler.sample(
-            model,
+            network,
             (count, config.in_channels, config.image_size, config.image_size),
             seed=args.seed,
             first_index=first,

@@ -22,7 +22,6 @@ Call = Callable[[], Any]
 Bind = Callable[[Site], Call]
 
 aten, onednn = torch.ops.aten, torch.ops.mkldnn
-_launch = {name: op.launcher for name, op in ops.OPS.items()}
 
 
 def backends(site: Site, memory: str) -> dict[str, Bind]:
@@ -73,14 +72,14 @@ def _panels(site: Site) -> Call:
     """Our linear kernel, for linear layers and 1x1 convolutions."""
     rows = [None if t is None else _rows(t) for t in (site.tensor(0), site.tensor(3), site.out)]
     weight = site.packed(1, "linear", lambda w: ops.pack_linear(w.flatten(1), site.dtype))
-    return partial(_launch["linear"]("cpu"), rows[0], weight, site.tensor(2), *rows[1:])
+    return ops.OPS["linear"].bind(rows[0], weight, site.tensor(2), *rows[1:])
 
 
 def _winograd(site: Site, tile: int) -> Call:
     x, bias, residual = site.tensor(0), site.tensor(2), site.tensor(3)
     weight = site.packed(1, f"winograd{tile}", lambda w: ops.pack_conv3x3(w, tile, site.dtype))
     how = (residual, site.kwargs["upsample"], site.out)
-    return partial(_launch["conv3x3"]("cpu"), x, weight, bias, *how)
+    return ops.OPS["conv3x3"].bind(x, weight, bias, *how)
 
 
 def _convolution(site: Site) -> Call:
@@ -138,14 +137,13 @@ def _norm(site: Site) -> Call:
     x, *rest = (site.tensor(i) for i in range(5))
     weight, bias, scale, shift = rest
     how = site.kwargs
-    launch = _launch["group_norm_silu"]("cpu")
     inputs = (x, how["groups"], weight, bias, how["eps"], scale, shift, how["silu"])
-    return partial(launch, *inputs, site.out)
+    return ops.OPS["group_norm_silu"].bind(*inputs, site.out)
 
 
 def _attention(site: Site) -> Call:
     q, k, v = (site.values[node] for node in site.node.args)
-    return partial(_launch["attention"]("cpu"), q, k, v, q.shape[-1] ** -0.5, site.out)
+    return ops.OPS["attention"].bind(q, k, v, q.shape[-1] ** -0.5, site.out)
 
 
 def _torch(site: Site) -> Call:

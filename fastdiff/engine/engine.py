@@ -113,6 +113,26 @@ class Engine(nn.Module):
             )
         return self
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The network's."""
+        return self.source.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Into the network."""
+        return self.source.load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Engine:
+        """What .to(), .half() and the like end in: raises where it would change something."""
+        probe = torch.empty(0)
+        moved = fn(probe)
+        if (moved.device, moved.dtype) != (probe.device, probe.dtype):
+            raise RuntimeError(
+                f"to: an optimized network stays on the CPU and computes in "
+                f"{_name(self.compute)}; make another with fastdiff.optimize(model, dtype), or "
+                "move the network it was made from (.source)"
+            )
+        return self
+
     def extra_repr(self) -> str:
         lines = [f"{type(self.source).__name__}, {_name(self.compute)}, memory={self.memory!r}"]
         for program in self._programs.values():

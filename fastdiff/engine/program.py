@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -156,14 +155,13 @@ class Program:
         value = self.values[source] if constant is None else constant.kept
         return lambda: target.copy_(value)
 
-    def load(self, x: Tensor, t: Tensor | None, rest: tuple[Tensor, ...]) -> None:
+    def load(self, x: Tensor, t: Tensor, rest: tuple[Tensor, ...]) -> None:
         """Set the inputs: the image, and what depends on the others."""
         self.values[self.image].copy_(x)
-        if t is not None:
-            for node, value in zip(
-                self.embedding.nodes, self.embedding.values(t, rest), strict=True
-            ):
-                self.values[node].copy_(value)
+        known = self.embedding.values(t, rest)
+        for node, value in zip(self.embedding.nodes, known, strict=True):
+            self.values[node].copy_(value)
+        self.loaded = t, rest
 
     def run(self) -> list[Tensor]:
         """Run the layers; the outputs are the program's own, until the next run."""
@@ -176,14 +174,19 @@ class Program:
         counts = Counter(self.choices.values())
         return ", ".join(f"{n} {name}" for name, n in counts.most_common())
 
-    def timed(self, clock: Callable[[], float] = time.perf_counter) -> list[float]:
+    def timed(self) -> list[float]:
         """Seconds of each call of one run."""
-        seconds = []
-        for call in self.calls:
-            start = clock()
-            call()
-            seconds.append(clock() - start)
-        return seconds
+        return [_seconds(call) for call in self.calls]
+
+    def embedding_seconds(self) -> float:
+        """Seconds that the embedding of the latest inputs takes now, prepared or not."""
+        return _seconds(lambda: self.embedding.values(*self.loaded))
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _storage(tensor: Tensor) -> int:

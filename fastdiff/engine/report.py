@@ -42,7 +42,8 @@ class Report:
         """Measure a program: the median of so many runs."""
         program.run()
         runs = [program.timed() for _ in range(rounds)]
-        lines = []
+        embedding = statistics.median(program.embedding_seconds() for _ in range(rounds))
+        lines = [Line("time, class, text", "embedding", (), "torch", embedding, 0)]
         for (node, whole), site, *times in zip(program.steps, program.sites, *runs, strict=True):
             kind = getattr(node.target, "__name__", str(node.target)).split(".")[0]
             lines.append(

@@ -16,12 +16,12 @@ from .backends import backends
 from .capture import Node
 from .program import Program
 
-ROUNDS = 3
+ROUNDS, LONG = 3, 0.1  # of a run that takes LONG seconds, one tells enough
 
 _kept: dict[tuple[str, tuple[str, ...]], str] = {}  # (signature, backends that take it): choice
 
 
-def tune(program: Program, arena: Tensor, rounds: int = ROUNDS) -> dict[Node, str]:
+def tune(program: Program, arena: Tensor) -> dict[Node, str]:
     """The fastest backend of each layer that has several; the program is left bound to some."""
     program.bind(arena)
     options: dict[Node, tuple[str, tuple[str, ...]]] = {}
@@ -31,13 +31,19 @@ def tune(program: Program, arena: Tensor, rounds: int = ROUNDS) -> dict[Node, st
             options[node] = site.signature, names
     unknown = {node: option for node, option in options.items() if option not in _kept}
     seconds: dict[tuple[str, tuple[str, ...]], dict[str, float]] = defaultdict(dict)
-    for name in dict.fromkeys(name for _, names in unknown.values() for name in names):
-        program.bind(arena, {n: name for n, (_, names) in options.items() if name in names})
+    for i in range(max((len(names) for _, names in unknown.values()), default=0)):
+        choices = {
+            n: _kept.get((sign, names), names[i % len(names)])
+            for n, (sign, names) in options.items()
+        }
+        program.bind(arena, choices)
         program.run()
-        runs = [program.timed() for _ in range(rounds)]
+        runs = [program.timed()]
+        if sum(runs[0]) < LONG:
+            runs += [program.timed() for _ in range(ROUNDS - 1)]
         for (node, _), *times in zip(program.steps, *runs, strict=True):
-            if node in unknown and name in unknown[node][1]:
-                known = seconds[unknown[node]]
+            if node in unknown and i < len(unknown[node][1]):
+                known, name = seconds[unknown[node]], choices[node]
                 known[name] = known.get(name, 0.0) + statistics.median(times)
     for option, measured in seconds.items():
         _kept[option] = min(measured, key=measured.__getitem__)

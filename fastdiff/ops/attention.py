@@ -8,6 +8,8 @@ are rounded once, before their products with v are summed in float32, as torch's
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,22 +30,17 @@ def _allocate(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor]:
     return (q.new_empty(batch, tokens, heads, size).transpose(1, 2),)
 
 
-def _cpp(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+def _described(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor
+) -> tuple[Any, ...] | None:
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
     if size > 512 or size % 8 or not keys or not _C.attention_runs(DTYPES[q.dtype]):
-        out.copy_(reference(q, k, v, scale)[0])
-        return
-    to = out if out.stride(3) == 1 else torch.empty_like(q, memory_format=torch.contiguous_format)
-    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-    _C.attention(
-        (batch, heads, queries, keys),
-        size,
-        scale,
-        [(t.data_ptr(), DTYPES[t.dtype], (*t.stride()[:3], 0)) for t in (q, k, v, to)],
-    )
-    if to is not out:
-        out.copy_(to)
+        return None
+    if any(t.stride(3) != 1 for t in (q, k, v, out)):
+        return None
+    operands = [(t.data_ptr(), DTYPES[t.dtype], (*t.stride()[:3], 0)) for t in (q, k, v, out)]
+    return (batch, heads, queries, keys), size, scale, operands
 
 
 def _cases() -> list[Case]:
@@ -111,7 +108,7 @@ OP = Op(
     outputs=("out",),
     reference=reference,
     allocate=_allocate,
-    cpp=_cpp,
+    described=_described,
     cases=_cases,
     moved=lambda q, k, v, scale: element_bytes(q, k, v, q),
 )

@@ -64,11 +64,11 @@ def pack(weight: Tensor, tile: int, dtype: torch.dtype = torch.float32) -> Tenso
         )
     G = matrices(tile)[1].to(weight.device)
     K, C = shape[:2]
-    U = torch.einsum("ia,kcab,jb->ijck", G, weight.detach().double(), G).to(dtype)
-    U = U.reshape(-1, C, K // PANEL, PANEL).permute(2, 0, 1, 3)
+    taps = weight.detach().double().reshape(K // PANEL, PANEL, C, 9).permute(0, 3, 2, 1)
     if dtype == torch.bfloat16:  # the dot product's instruction takes neighbours of the sum
-        U = U.unflatten(2, (C // 2, 2)).transpose(3, 4)
-    return U.contiguous()
+        taps = taps.unflatten(2, (C // 2, 2)).transpose(3, 4)
+    U = torch.kron(G, G) @ taps.flatten(2)
+    return U.to(dtype).unflatten(2, taps.shape[2:])
 
 
 def _tile(weight: Tensor) -> int:
@@ -124,15 +124,18 @@ def _operand(t: Tensor | None) -> Any:
     return None if t is None else (t.data_ptr(), DTYPES[t.dtype], t.stride())
 
 
-def described(
+def _described(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     upsample: bool,
     out: Tensor,
-) -> tuple[Any, ...]:
-    """The arguments of `_C.conv3x3`, and of `_C.bind_conv3x3` for tensors that stay in place."""
+) -> tuple[Any, ...] | None:
+    if not available(x.dtype) or any(
+        t is not None and t.stride(1) != 1 for t in (x, residual, out)
+    ):
+        return None
     size = (
         *(out.shape[0], out.shape[2], out.shape[3], out.shape[1]),
         *(x.shape[1], _tile(weight), upsample),
@@ -141,20 +144,6 @@ def described(
     operands = [_operand(t) for t in (x, residual, out)]
     bias_address = 0 if bias is None else bias.data_ptr()
     return size, DTYPES[x.dtype], weight.data_ptr(), bias_address, operands
-
-
-def _cpp(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    upsample: bool,
-    out: Tensor,
-) -> None:
-    if available(x.dtype) and all(t is None or t.stride(1) == 1 for t in (x, residual, out)):
-        _C.conv3x3(*described(x, weight, bias, residual, upsample, out))
-    else:
-        out.copy_(reference(x, weight, bias, residual, upsample)[0])
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -253,7 +242,7 @@ OP = Op(
     outputs=("out",),
     reference=reference,
     allocate=_allocate,
-    cpp=_cpp,
+    described=_described,
     cases=_cases,
     moved=_moved,
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
-from .layout import _C, DTYPES, element_bytes
+from .layout import DTYPES, element_bytes
 
 
 def reference(
@@ -62,7 +62,7 @@ def _strides(x: Tensor) -> tuple[int, int, int, int] | None:
     return sample, 1 if x.shape[1] == 1 and pixels == 1 else channel, pixel, 0
 
 
-def _cpp(
+def _described(
     x: Tensor,
     groups: int,
     weight: Tensor | None,
@@ -72,15 +72,10 @@ def _cpp(
     shift: Tensor | None,
     silu: bool,
     out: Tensor,
-) -> None:
+) -> tuple[Any, ...] | None:
     here, there = _strides(x), _strides(out)
-    adjacent = {d for d in (1, 2) if here and there and here[d] == there[d] == 1}
-    if not adjacent:  # a layout that no network has, brought to one that the kernel walks
-        x, to = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        _cpp(x, groups, weight, bias, eps, scale, shift, silu, to)
-        out.copy_(to)
-        return
-    samples, channels = x.shape[:2]
+    if not here or not there or not any(here[d] == there[d] == 1 for d in (1, 2)):
+        return None
     parameters = (
         None if t is None else (t.data_ptr(), DTYPES[t.dtype], (0, t.stride(0), 0, 0))
         for t in (weight, bias)
@@ -89,17 +84,18 @@ def _cpp(
         None if t is None else (t.data_ptr(), DTYPES[t.dtype], (*t.stride(), 0, 0))
         for t in (scale, shift)
     )
-    _C.group_norm_silu(
-        (samples, channels, x.shape[2:].numel(), groups),
-        eps,
-        silu,
-        [
-            (x.data_ptr(), DTYPES[x.dtype], here),
-            *parameters,
-            *adaptive,
-            (out.data_ptr(), DTYPES[x.dtype], there),
-        ],
-    )
+    image = (x.data_ptr(), DTYPES[x.dtype], here)
+    result = (out.data_ptr(), DTYPES[x.dtype], there)
+    size = *x.shape[:2], x.shape[2:].numel(), groups
+    return size, eps, silu, [image, *parameters, *adaptive, result]
+
+
+def _by_copy(x: Tensor, *args: Any) -> None:
+    """For layouts that no network has: brought to one that the kernel walks."""
+    *how, out = args
+    to = torch.empty(x.shape, dtype=x.dtype)
+    OP.launcher("cpu")(x.contiguous(), *how, to)
+    out.copy_(to)
 
 
 def _cases() -> list[Case]:
@@ -166,7 +162,8 @@ OP = Op(
     outputs=("out",),
     reference=reference,
     allocate=_allocate,
-    cpp=_cpp,
+    cpp=_by_copy,
+    described=_described,
     cases=_cases,
     moved=lambda x, groups, weight, bias, eps, scale, shift, silu: element_bytes(
         x, weight, bias, scale, shift, x

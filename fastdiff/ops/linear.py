@@ -69,20 +69,15 @@ def _operand(t: Tensor | None) -> Any:
     return t.data_ptr(), DTYPES[t.dtype], (sample, row, 0, 0)
 
 
-def _cpp(
+def _described(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
-) -> None:
+) -> tuple[Any, ...] | None:
     rows = [x, residual, out]
     if not available(x.dtype) or any(t is not None and t.stride(-1) != 1 for t in rows):
-        out.copy_(reference(x, weight, bias, residual)[0])
-        return
-    _C.linear(
-        (x.shape[0] if x.dim() == 3 else 1, x.shape[-2], x.shape[-1], out.shape[-1]),
-        DTYPES[x.dtype],
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        [_operand(t) for t in rows],
-    )
+        return None
+    size = x.shape[0] if x.dim() == 3 else 1, x.shape[-2], x.shape[-1], out.shape[-1]
+    bias_address = 0 if bias is None else bias.data_ptr()
+    return size, DTYPES[x.dtype], weight.data_ptr(), bias_address, [_operand(t) for t in rows]
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -167,7 +162,7 @@ OP = Op(
     outputs=("out",),
     reference=reference,
     allocate=_allocate,
-    cpp=_cpp,
+    described=_described,
     cases=_cases,
     moved=_moved,
 )
