@@ -6,19 +6,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch._inductor.utils import run_and_get_code
+from benches import QUICK, ROOT, row, tiny
 
-pytest.importorskip("diffusers")
-pytest.importorskip("matplotlib")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # the benchmark is not a part of the installed package
-
-from bench import (  # noqa: E402
+from bench import (
     agreement,
     bars,
     calls,
@@ -26,59 +20,23 @@ from bench import (  # noqa: E402
     command,
     end_to_end,
     gate,
-    growth,
     kernels,
-    loops,
-    memory,
     networks,
-    peers,
     report,
-    runtimes,
-    subjects,
     timing,
     work,
 )
-from bench.records import (  # noqa: E402
+from bench.records import (
     CONVOLUTION,
     COPY,
     FASTDIFF,
     PLAIN,
-    RATE,
     Record,
-    Settings,
     of_race,
 )
-from bench.timing import Contender  # noqa: E402
-from fastdiff import NoiseSchedule, UNet, UNetConfig  # noqa: E402
-from fastdiff.ops import OPS  # noqa: E402
-from fastdiff.verify import fault  # noqa: E402
-
-QUICK = Settings(quick=True)
-
-
-class Clock:
-    """A clock that only `spend` moves, in place of the time module of bench.timing."""
-
-    def __init__(self):
-        self.ns = 0
-
-    def spend(self, us):
-        self.ns += round(1e3 * us)
-
-    def perf_counter_ns(self):
-        return self.ns
-
-    def perf_counter(self):
-        return self.ns / 1e9
-
-    def contender(self, provider, us, how=""):
-        return Contender(provider, how, (lambda: self.spend(us),))
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    monkeypatch.setattr(timing, "time", clock := Clock())
-    return clock
+from bench.timing import Contender
+from fastdiff.ops import OPS
+from fastdiff.verify import fault
 
 
 def test_spread_is_the_median_and_the_middle_sixty_percent():
@@ -198,195 +156,10 @@ def test_agreement_sees_what_is_wrong():
     assert pair((alpha * x0 + sigma * z, alpha * z + sigma * x0))
 
 
-def tiny():
-    config = UNetConfig(
-        image_size=8, in_channels=1, channels=32, channel_mult=(1,), num_res_blocks=1,
-        attention_resolutions=(8,), norm_groups=8, num_classes=3,
-    )  # fmt: skip
-    model = UNet(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    schedule = NoiseSchedule.cosine(1000)
-    described = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
-    return subjects.Subject(model, (1, 8, 8), schedule, "v", described, classes=3)
-
-
-@pytest.fixture
-def two_runtimes(monkeypatch):
-    """Without OpenVINO and the like, which take seconds to prepare even a tiny network."""
-    chosen = [r for r in runtimes.RUNTIMES if r.name in (runtimes.EAGER.name, FASTDIFF)]
-    monkeypatch.setattr(runtimes, "RUNTIMES", chosen)
-    end_to_end._ready.cache_clear()
-
-
-def row(dtype=torch.float32):
-    return networks.Row("tiny", tiny, 2, dtype)
-
-
-def ready(dtype=torch.float32, quick=True):
-    x, t, labels = tiny().example(2, "cpu")
-    early = t // 500  # in so small a network a rounded angle of a late time is most of the error
-    return networks.ready(tiny(), (x, early, labels), dtype, Settings(quick=quick))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
-def test_every_runtime_computes_the_network(dtype):
-    runners, left_out = ready(dtype)
-    installed = {r.name for r in runtimes.RUNTIMES if r.installed and not r.compiles}
-    assert (
-        set(runners)
-        == {r.name for r in runtimes.RUNTIMES if r.takes(tiny().network, dtype)} & installed
-    )
-    assert all(why.startswith("not installed") for why in left_out.values())
-    assert all(0 < r.error < 0.1 and r.ms > 0 for r in runners.values())
-    assert "packed weights" in runners[FASTDIFF].held
-
-
-class Convolution(torch.nn.Module):
-    """As a network, one layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Conv2d(3, 5, 3, padding=1)
-
-    def forward(self, x, t):
-        return self.layer(x)
-
-
-def convolution():
-    return subjects.Subject(Convolution().eval(), (3, 8, 8), NoiseSchedule.cosine(10), "v")
-
-
-@torch.no_grad()
-def test_frozen_compilation_computes_a_network(monkeypatch):
-    chosen = [r for r in runtimes.RUNTIMES if r.name in (runtimes.EAGER.name, "torch.compile")]
-    monkeypatch.setattr(runtimes, "RUNTIMES", chosen)
-    example = convolution().example(2, "cpu")
-    runners, left_out = networks.ready(convolution(), example, torch.float32, Settings())
-    assert set(runners) == {"PyTorch", "torch.compile"} and not left_out
-
-
-@torch.no_grad()
-def test_frozen_compilation_packs_the_weights_once():
-    compiled = next(r for r in runtimes.RUNTIMES if r.compiles)
-    subject = convolution()
-    with torch._inductor.config.patch(fx_graph_cache=False):
-        _, codes = run_and_get_code(
-            lambda: compiled.prepare(subject.network, subject.example(2, "cpu"), torch.float32)
-        )
-    assert any("_frozen_param" in code for code in codes)
-
-
-def altered(monkeypatch, name, **how):
-    """Let a runtime of this name be another."""
-    table = [replace(r, **how) if r.name == name else r for r in runtimes.RUNTIMES]
-    monkeypatch.setattr(runtimes, "RUNTIMES", table)
-
-
-@torch.no_grad()
-def test_a_runtime_that_is_wrong_broken_or_absent_is_told(monkeypatch):
-    exact = runtimes.EAGER.prepare
-    altered(monkeypatch, "OpenVINO", package="no_such_package")
-    altered(monkeypatch, "ONNX Runtime", package="torch", prepare=lambda *_: 1 / 0)
-    altered(
-        monkeypatch, FASTDIFF,
-        prepare=lambda *how: lambda *args: 1.001 * exact(*how)(*args),
-    )  # fmt: skip
-    runners, left_out = ready()
-    assert set(runners) == {runtimes.EAGER.name}
-    assert "refused: wrong (error 1.0e-03" in left_out[FASTDIFF]
-    assert left_out["OpenVINO"].startswith("not installed")
-    assert left_out["ONNX Runtime"] == "left out: ZeroDivisionError: division by zero"
-
-
-def test_flops_are_those_of_the_direct_algorithms():
-    assert networks.gflop(convolution()) == 2 * 9 * 3 * 5 * 64 / 1e9
-    yardstick, work = networks.convolution_of(torch.float32, QUICK)
-    assert work == 2 * 9 * 32 * 32 * 64 / 1e9 and yardstick.calls[0]().shape == (1, 32, 8, 8)
-
-
-def test_memory_is_what_a_process_holds():
-    before = memory.resident()
-    if before is None:
-        pytest.skip("needs Linux's /proc")
-    kept = torch.ones(2**24)  # 64 MB
-    memory.reset_peak()
-    torch.ones(2**24)
-    assert 60 < memory.resident() - before < 70 and 120 < memory.peak() - before < 140
-    del kept
-
-
-@torch.no_grad()
-def test_loops_give_the_same_images_and_a_time_a_step(monkeypatch, two_runtimes):
-    few = end_to_end.Loop("tiny", tiny, 2, torch.float32, steps=3)
-    monkeypatch.setattr(end_to_end, "ROWS", [few])
-    records = list(end_to_end.measure(Settings(steps=7, quick=True), {}))
-    times, rates = ({r.provider: r for r in records if r.metric == m} for m in ("us", RATE))
-    assert times.keys() == rates.keys() == {FASTDIFF, runtimes.EAGER.name}
-    assert {r.row for r in records} == {"tiny, batch 2, fp32, 3 steps"}
-    assert all(r.p50 > 0 for r in times.values())
-    assert not any(r.note for r in records)
-
-
-@torch.no_grad()
-def test_loops_that_differ_are_refused(monkeypatch, two_runtimes):
-    monkeypatch.setattr(end_to_end, "ROWS", [end_to_end.Loop("tiny", tiny, 2, torch.float32)])
-    monkeypatch.setattr(peers, "guided", lambda c, u, w: c)
-    records = list(end_to_end.measure(Settings(steps=7, quick=True), {}))
-    refused = [r for r in records if r.note.startswith("refused")]
-    assert [r.provider for r in refused] == [FASTDIFF] and "images are off" in refused[0].note
-    assert not any(r.p50 for r in records)
-
-
-def test_turns_time_each_loops_steps(clock):
-    def other():
-        for _ in range(3):
-            clock.spend(400)
-            yield torch.zeros(1)
-
-    class Network(torch.nn.Module):
-        def forward(self, x):
-            clock.spend(100)
-            return x
-
-    network, turns = Network(), loops.Turns({"other": other()}, "cpu")
-    clock.spend(7)  # fastdiff's preparation
-    with network.register_forward_pre_hook(turns):
-        for _ in range(3):
-            network(torch.zeros(1))
-            clock.spend(5)  # fastdiff's own work
-    steps = {provider: np.round(us, 3).tolist() for provider, us in turns.steps().items()}
-    assert steps == {FASTDIFF: [112, 105, 105], "other": [400, 400, 400]}
-
-
-def test_the_cifar10_network_has_its_published_size():
-    with torch.device("meta"):
-        plain, guided = (subjects.cifar10(classes).network for classes in (None, 10))
-    sizes = [sum(p.numel() for p in network.parameters()) for network in (plain, guided)]
-    assert sizes == [35_746_307, 35_746_307 + 11 * 512]
-
-
 def test_allocations_are_counted():
     x, m = torch.randn(2, *calls.SHAPE)
     few, more = (calls._allocations(steps, x, m) for steps in (10, 30))
     assert few > 0 and more == few
-
-
-def test_growth_measures_each_size_on_each_runtime(tmp_path, capsys):
-    kinds = (runtimes.OURS, runtimes.EAGER)
-    panel = growth.Panel("tiny, by batch", tiny, ((1, 1, 8), (2, 2, 8)), kinds)
-    out = tmp_path / "some" / "growth.png"
-    threads = torch.get_num_threads()
-    assert growth.main(["--out", str(out)], (panel,)) == 0
-    assert torch.get_num_threads() == threads and str(out) in capsys.readouterr().out
-    assert out.read_bytes().startswith(b"\x89PNG")
-    points = [growth.Point(**p) for p in json.loads(out.with_suffix(".json").read_text())["points"]]
-    assert {p.provider for p in points} == {growth.ROOF, FASTDIFF, runtimes.EAGER.name}
-    assert all(p.ms > 0 for p in points)
-    work = {p.x: p.gflop for p in points}
-    assert work[1] == networks.gflop(tiny()) and work[2] == 2 * work[1]
 
 
 def figures(**ratios):

@@ -14,7 +14,7 @@ import torch
 
 from ..checkpoint import ASSETS
 from ..op import missing
-from ..ops import OPS
+from ..ops import OPS, conv3x3_available
 from ..ops.layout import _C
 from ..verify import fault
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 if something that should work does not."""
     del args
     wrong = False
-    for check in (_versions, _cpp, _openmp, _gpu, _models):
+    for check in (_versions, _cpp, _engine, _openmp, _gpu, _models):
         for finding in check():
             print(f"{finding.mark}  {finding.text}")
             wrong |= finding.mark == "!!"
@@ -59,6 +59,19 @@ def _cpp() -> Iterator[Finding]:
                 yield Finding("!!", f"C++ kernel {op.name} is wrong, please report it: {wrong}")
                 return
     yield Finding("ok", f"C++ kernels agree with the reference: {', '.join(OPS)}")
+
+
+def _engine() -> Iterator[Finding]:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    own = [name for name, dtype in dtypes.items() if conv3x3_available(dtype)]
+    if len(own) == len(dtypes):
+        yield Finding("ok", "optimize: networks run on fastdiff's convolutions, in both dtypes")
+    else:
+        yield Finding(
+            "--",
+            f"optimize: fastdiff's convolutions run here in {', '.join(own) or 'no dtype'}; others "
+            "need AVX-512 (bfloat16: its dot product) and go to oneDNN, no slower than torch",
+        )
 
 
 def _openmp() -> Iterator[Finding]:

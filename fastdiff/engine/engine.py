@@ -183,7 +183,8 @@ class Engine(nn.Module):
         if program is None:
             program = self._programs[key] = self._make(x, t, leaves, structure)
         elif program.arena is not self._arena:
-            program.bind(self._arena, program.choices)
+            program.place(self._arena)
+            program.bind(program.choices)
         self._latest = program
         return program, rest
 
@@ -199,11 +200,11 @@ class Engine(nn.Module):
         program = Program(captured, self.compute, self.memory, self._weights)
         if program.bytes > len(self._arena):
             self._arena = pages(program.bytes)
-        choices = tune(program, self._arena)
-        program.bind(self._arena, choices)
+        program.place(self._arena)
+        program.bind(tune(program))
         others = (p.keys for p in self._programs.values())
         self._weights.settle(program.keys.union(*others))
-        program.bind(self._arena, choices)
+        program.bind(program.choices)
         return program
 
     def _float_source(self) -> nn.Module:

@@ -43,6 +43,7 @@ class Program:
         self._plan()
         self.bytes = place(self.blocks)
         self.choices: dict[Node, str] = {}
+        self.calls: list[Call] = []
 
     def _plan(self) -> None:
         """Shapes, strides and lifetimes, on tensors without memory."""
@@ -124,21 +125,21 @@ class Program:
         self.block_of[node] = Block(made.numel() * made.element_size(), step, step)
         self.blocks.append(self.block_of[node])
 
-    def bind(self, arena: Tensor, choices: dict[Node, str] | None = None) -> None:
-        """Take a place for every value in the arena, uint8 [at least self.bytes], and bind calls.
-
-        `choices` are the backends of layers; the default is the first that takes the layer.
-        """
-        self.arena, self.choices = arena, dict(choices or {})
+    def place(self, arena: Tensor) -> None:
+        """Give every value its place in the arena, uint8 [at least self.bytes]."""
+        self.arena = arena
         self.values = {
             node: _at(arena, self.block_of[node], meta) for node, meta in self.meta.items()
         }
         self.keys: set[Key] = set()
-        self.sites: list[Site] = []
-        self.calls: list[Call] = []
-        for node, whole in self.steps:
-            site = Site(node, self.captured, self.dtype, self.weights, self.values, self.keys)
-            self.sites.append(site)
+        how = (self.captured, self.dtype, self.weights, self.values, self.keys)
+        self.sites = [Site(node, *how) for node, _ in self.steps]
+
+    def bind(self, choices: dict[Node, str] | None = None) -> None:
+        """Bind the calls, to the chosen backends or else to the first that takes a layer."""
+        self.choices, self.calls = dict(choices or {}), []
+        self.keys.clear()
+        for site, (node, whole) in zip(self.sites, self.steps, strict=True):
             if whole is not None:
                 self.calls.append(self._copy(node, whole))
                 continue

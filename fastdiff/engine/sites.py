@@ -40,6 +40,11 @@ class Weights:
                 self._packed[key] = self._pool.keep(self._packed[key])
             self._settled.add(key)
 
+    def trim(self, most: int) -> None:
+        """Forget what is not settled if all takes more than so many bytes."""
+        if self.bytes > most:
+            self.settle(set(self._settled))
+
     @property
     def bytes(self) -> int:
         """Memory of all packed weights."""

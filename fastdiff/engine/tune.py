@@ -10,20 +10,20 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 
-from torch import Tensor
+from tqdm import tqdm
 
 from .backends import backends
 from .capture import Node
 from .program import Program
 
 ROUNDS, LONG = 3, 0.1  # of a run that takes LONG seconds, one tells enough
+SPARE = 2**31  # bytes of packed weights that a round leaves to the next
 
 _kept: dict[tuple[str, tuple[str, ...]], str] = {}  # (signature, backends that take it): choice
 
 
-def tune(program: Program, arena: Tensor) -> dict[Node, str]:
-    """The fastest backend of each layer that has several; the program is left bound to some."""
-    program.bind(arena)
+def tune(program: Program) -> dict[Node, str]:
+    """The fastest backend of each layer that has several, of a program that has its places."""
     options: dict[Node, tuple[str, tuple[str, ...]]] = {}
     for site, (node, whole) in zip(program.sites, program.steps, strict=True):
         names = tuple(backends(site, program.memory)) if whole is None else ()
@@ -31,12 +31,13 @@ def tune(program: Program, arena: Tensor) -> dict[Node, str]:
             options[node] = site.signature, names
     unknown = {node: option for node, option in options.items() if option not in _kept}
     seconds: dict[tuple[str, tuple[str, ...]], dict[str, float]] = defaultdict(dict)
-    for i in range(max((len(names) for _, names in unknown.values()), default=0)):
+    rounds = range(max((len(names) for _, names in unknown.values()), default=0))
+    for i in tqdm(rounds, desc="measuring backends", delay=2.0, leave=False, disable=None):
         choices = {
-            n: _kept.get((sign, names), names[i % len(names)])
-            for n, (sign, names) in options.items()
+            node: _kept.get(option, option[1][i % len(option[1])])
+            for node, option in options.items()
         }
-        program.bind(arena, choices)
+        program.bind(choices)
         program.run()
         runs = [program.timed()]
         if sum(runs[0]) < LONG:
@@ -45,6 +46,7 @@ def tune(program: Program, arena: Tensor) -> dict[Node, str]:
             if node in unknown and i < len(unknown[node][1]):
                 known, name = seconds[unknown[node]], choices[node]
                 known[name] = known.get(name, 0.0) + statistics.median(times)
+        program.weights.trim(SPARE)
     for option, measured in seconds.items():
         _kept[option] = min(measured, key=measured.__getitem__)
     return {node: _kept[option] for node, option in options.items()}

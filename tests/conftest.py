@@ -1,0 +1,27 @@
+"""Fixtures that several files use."""
+
+import pytest
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock of one's own in place of the benchmark's."""
+    from benches import Clock
+
+    from bench import timing
+
+    monkeypatch.setattr(timing, "time", clock := Clock())
+    return clock
+
+
+@pytest.fixture
+def two_runtimes(monkeypatch):
+    """Without OpenVINO and the like, which take seconds to prepare even a tiny network."""
+    import benches  # noqa: F401, which sets the path
+
+    from bench import end_to_end, runtimes
+    from bench.records import FASTDIFF
+
+    chosen = [r for r in runtimes.RUNTIMES if r.name in (runtimes.EAGER.name, FASTDIFF)]
+    monkeypatch.setattr(runtimes, "RUNTIMES", chosen)
+    end_to_end._ready.cache_clear()
