@@ -197,6 +197,23 @@ def test_the_report_names_every_layer_and_who_runs_it():
     assert next(line.flops for line in report.lines if line.layer == "conv") == direct
 
 
+def test_weights_that_depend_on_the_inputs_are_left_to_torch():
+    class Modulated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(32, 16, 3, 3))
+            self.mix = nn.Parameter(torch.randn(32, 32))
+
+        def forward(self, x, t):
+            y = nn.functional.conv2d(x, self.weight * x.mean(), padding=1)
+            return nn.functional.linear(y.movedim(1, -1), self.mix * t[0]).movedim(-1, 1)
+
+    model, (x, t) = Modulated().eval(), (torch.randn(2, 16, 8, 8) + 1, torch.tensor([2.0, 3.0]))
+    fast = optimize(model)
+    torch.testing.assert_close(fast(x, t), model(x, t).detach(), rtol=1e-4, atol=1e-4)
+    assert fast.report(1).by_backend().keys() == {"torch"}
+
+
 def test_engines_and_threads_do_not_meet():
     jobs = [(optimize(network(name)), inputs(name)) for name in ("ddpm", "adm")]
     jobs += jobs[:1]  # and one engine from two threads

@@ -76,7 +76,7 @@ struct Convolution {
       FD_UNROLL(6)
       for (int k = 0; k < kSpan; ++k) Winograd<tile>::input(d + k * kSpan, 1);
       FD_UNROLL(36)
-      for (int i = 0; i < kPositions; ++i) put(to + i * stride + c, d[i]);
+      for (int i = 0; i < kPositions; ++i) store(to + i * stride + c, d[i]);
     }
   }
 
@@ -113,7 +113,7 @@ struct Convolution {
           if (residual)
             value = value +
                     load(residual + i * op.residual.stride[2] + j * op.residual.stride[3] + c);
-          put(out + i * op.out.stride[2] + j * op.out.stride[3] + c, value);
+          store(out + i * op.out.stride[2] + j * op.out.stride[3] + c, value);
         }
       }
     }

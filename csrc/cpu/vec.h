@@ -27,26 +27,13 @@ FD_HOST_DEVICE Vec fma(float a, Vec b, Vec c) {
 FD_HOST_DEVICE Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
 FD_HOST_DEVICE void store(float* to, Vec a) { _mm512_storeu_ps(to, a.v); }
 
-// bfloat16, rounded as to_bf16 does.
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
 FD_HOST_DEVICE Vec load(const uint16_t* from) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
 }
 
-FD_HOST_DEVICE void store(uint16_t* to, Vec a) {
-  const Words bits = (Words)a.v;
-  const Words rounded = bits + 0x7fffu + (bits >> 16 & 1u);
-  const Words kept = a.v == a.v ? rounded : bits | 0x400000u;
-  const Halves halves = __builtin_convertvector(kept >> 16, Halves);
-  memcpy(to, &halves, sizeof halves);
-}
-
-// The same, by the machine's instruction: but subnormal numbers become zero.
-FD_HOST_DEVICE void put(float* to, Vec a) { store(to, a); }
-FD_BF16 FD_HOST_DEVICE void put(uint16_t* to, Vec a) {
+// To bfloat16, rounded as to_bf16 does, but that subnormal numbers become zero.
+FD_BF16 FD_HOST_DEVICE void store(uint16_t* to, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(a.v));
 }
 

@@ -62,7 +62,6 @@ class Pool:
     def __init__(self) -> None:
         self._slab = torch.empty(0, dtype=torch.uint8)
         self._used = 0
-        self.bytes = 0
 
     def keep(self, value: Tensor) -> Tensor:
         """A copy of a contiguous tensor in the pool."""
@@ -72,5 +71,4 @@ class Pool:
         kept = self._slab[self._used : self._used + size].view(value.dtype).view(value.shape)
         kept.copy_(value)
         self._used += -(-size // ALIGNMENT) * ALIGNMENT
-        self.bytes += size
         return kept

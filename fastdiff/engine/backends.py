@@ -21,11 +21,13 @@ from .sites import Site
 Call = Callable[[], Any]
 Bind = Callable[[Site], Call]
 
-aten, onednn = torch.ops.aten, torch.ops.mkldnn
+onednn = torch.ops.mkldnn
 
 
 def backends(site: Site, memory: str) -> dict[str, Bind]:
     """The backends that take a layer, by name; the first is the choice where none is measured."""
+    if site.target in (layers.conv, layers.linear) and not site.has_constant(1):
+        return {"torch": _torch}
     if site.target is layers.conv and len(site.shape(0)) == 4:
         return {**_own_convolutions(site, memory), "onednn": _convolution}
     if site.target is layers.linear and len(site.shape(1)) == 2:

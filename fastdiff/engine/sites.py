@@ -94,6 +94,10 @@ class Site:
         constant = self.captured.constants.get(node)
         return self.values[node] if constant is None else constant.kept
 
+    def has_constant(self, index: int) -> bool:
+        """Whether an argument is a constant."""
+        return self.node.args[index] in self.captured.constants
+
     def packed(self, index: int, how: str, make: Callable[[Tensor], Tensor]) -> Tensor:
         """A constant argument as a backend packs it."""
         constant = self.captured.constants[self.node.args[index]]
