@@ -214,6 +214,42 @@ def test_weights_that_depend_on_the_inputs_are_left_to_torch():
     assert fast.report(1).by_backend().keys() == {"torch"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_embedding_and_a_pooled_image_may_be_added_to_convolutions(dtype):
+    """An embedding that two convolutions share; an addend that is made of the image itself."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(16, 32, 3, padding=1) for _ in range(2))
+            self.embed = nn.Linear(1, 32)
+
+        def forward(self, x, t):
+            e = self.embed(t[:, None] / 1000)[:, :, None, None]
+            y = torch.tanh(self.first(x) + e) + torch.tanh(self.second(x) + e)
+            return self.first(x) + y.mean((2, 3), keepdim=True)
+
+    torch.manual_seed(0)
+    model, (x, t) = Shared().eval(), (torch.randn(2, 16, 8, 8), torch.tensor([2.0, 900.0]))
+    limits = {"float32": 1e-4, "bfloat16": 0.05}
+    with torch.no_grad():
+        wanted = model(x, t)
+    torch.testing.assert_close(optimize(model, dtype)(x, t), wanted, rtol=0, atol=limits[dtype])
+
+
+def test_it_runs_in_inference_mode():
+    model, (x, t, cond) = network("adm"), inputs("adm")
+    with torch.inference_mode():
+        fast, labels = optimize(model), cond.clone()
+        rows = torch.stack([t, t + 1])
+        fast.prepare_rows(x, rows, labels)
+        first = fast(x, t, labels)
+        labels.copy_(cond.flip(0))
+        second = fast(x, t, labels)
+    assert relative(first.double(), run(model, x, t, cond)) < 1e-5
+    assert relative(second.double(), run(model, x, t, cond.flip(0))) < 1e-5
+
+
 def test_engines_and_threads_do_not_meet():
     jobs = [(optimize(network(name)), inputs(name)) for name in ("ddpm", "adm")]
     jobs += jobs[:1]  # and one engine from two threads

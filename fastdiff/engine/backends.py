@@ -49,6 +49,9 @@ def _own_convolutions(site: Site, memory: str) -> dict[str, Bind]:
         return {}
     if not ops.conv3x3_available(site.dtype):
         return {}
+    bias = site.tensor(2)
+    if bias is not None and (bias.dtype != torch.float32 or bias.stride(-1) != 1):
+        return {}
     tiles = (2,) if memory == "low" or site.dtype != torch.float32 else (4, 2)
     return {f"winograd{tile}": partial(_winograd, tile=tile) for tile in tiles}
 

@@ -214,7 +214,7 @@ class Engine(nn.Module):
         return self._traced[0]
 
     def _source_version(self) -> int:
-        return sum(p._version for p in self._parameters_of_source)
+        return sum(p._version for p in self._parameters_of_source if not p.is_inference())
 
 
 def _name(dtype: torch.dtype) -> str:

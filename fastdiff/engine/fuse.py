@@ -97,17 +97,26 @@ def _embeddings(captured: Captured) -> None:
             if not _is_per_channel(e, host):
                 continue
             x, weight, bias = host.args[:3]
-            e = _flat(captured, e, node)
+            flat = _flat(captured, e, node)
             if isinstance(bias, fx.Node):
-                e = _with_bias(captured, e, bias, node)
-            put(captured, node, layers.conv, (x, weight, e), host.kwargs, host)
+                flat = _with_bias(captured, flat, bias, node, _serves_only(flat, node))
+            put(captured, node, layers.conv, (x, weight, flat), host.kwargs, host)
             break
 
 
-def _with_bias(captured: Captured, e: Node, bias: Node, before: Node) -> Node:
-    """e + bias, in the bias of the linear layer that made e if nothing else uses that."""
-    own = e.args[2] if e.target is layers.linear and len(e.args) > 2 else None
-    if e.target is layers.linear and isinstance(own, fx.Node) and len(e.users) == 1:
+def _serves_only(node: Node, end: Node) -> bool:
+    """Whether a value is used by one node, that by one, and so on to the end."""
+    while node is not end:
+        if len(node.users) != 1:
+            return False
+        node = next(iter(node.users))
+    return True
+
+
+def _with_bias(captured: Captured, e: Node, bias: Node, before: Node, alone: bool) -> Node:
+    """e + bias: in the bias of the linear layer that made e, if that serves this `alone`."""
+    own: Any = e.args[2] if e.target is layers.linear else None
+    if alone and own in captured.constants and bias in captured.constants:
         parts = captured.constants[own], captured.constants[bias]
         both = captured.constant(
             f"({parts[0].key} + {parts[1].key})",
