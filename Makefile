@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: sample test bench lint aot clean
+.PHONY: sample test bench gpu-check lint aot clean
 
 sample: .venv/ready
 	$(BIN)/fastdiff sample --model fashion-mnist --steps 50 --guidance 1 --seed 0 --out samples.png
@@ -13,14 +13,17 @@ test: .venv/ready
 bench: .venv/ready
 	$(BIN)/python bench/run.py --steps 50
 
+gpu-check: .venv/ready
+	$(BIN)/python -m bench.gpu_check
+
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 aot: .venv/ready
-	$(BIN)/python -m fastdiff.aot
+	$(BIN)/python -m fastdiff.aot --cuda --out docs/gpu_static.md
 
 # torch 2.13.0 where a CPU wheel of it is at hand, else what the index serves
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.py csrc/cpu/* csrc/cuda/*)
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e ".[triton,bench,test,lint]"

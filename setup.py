@@ -1,6 +1,7 @@
 """The parts of packaging that pyproject.toml cannot say: C++ through ninja, and the kernels folder.
 
-Without a C++ compiler the package installs without its kernels and runs on plain PyTorch.
+Without a C++ compiler the package installs without its kernels and runs on plain PyTorch; without
+nvcc, or with FASTDIFF_CUDA=0, without its CUDA kernels, and Triton serves GPUs.
 """
 
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import ninja_build
+import nvcc
 
 
 class NinjaBuild(build_ext):
@@ -23,7 +26,15 @@ class NinjaBuild(build_ext):
         name = extension.name.rpartition(".")[2]
         folder = Path("build", f"ninja-{sys.implementation.cache_tag}", name)
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
-        ninja_build.extension(name, Path(self.get_ext_fullpath(extension.name)), folder, includes)
+        output = Path(self.get_ext_fullpath(extension.name))
+        try:
+            ninja_build.extension(name, output, folder, includes)
+        except Exception as error:
+            if not extension.optional:
+                raise
+            why = "fastdiff: nvcc failed, installing without CUDA kernels; Triton serves GPUs then"
+            print(f"{why} ({error})", file=sys.stderr)
+            raise CompileError(f"fastdiff.{name}") from error
 
 
 extensions = []
@@ -31,8 +42,8 @@ if ninja_build.compiler() is None:
     print("fastdiff: no C++ compiler found, installing without kernels", file=sys.stderr)
 else:
     extensions.append(Extension("fastdiff._C", ["csrc/bind.cpp"]))
-    if ninja_build.cuda_compiler():
-        extensions.append(Extension("fastdiff._cuda", ["csrc/bind.cpp"]))
+    if nvcc.compiler():
+        extensions.append(Extension("fastdiff._cuda", ["csrc/cuda/bind.cpp"], optional=True))
 
 packages = ["fastdiff", "fastdiff.kernels"]
 packages += [f"fastdiff.{init.parent.name}" for init in sorted(Path("fastdiff").glob("*/*.py"))]

@@ -36,7 +36,9 @@ class Gaussian(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (level[t.flatten()[0]] for level in (self.alpha, self.sigma))
+        now = t.flatten()[:1].to(x.device)  # as an index, a number would be read back from a GPU
+        shape = (1,) * x.dim()
+        alpha, sigma = (level[now].reshape(shape) for level in (self.alpha, self.sigma))
         eps = sigma * (x.double() - alpha * MU) / (alpha**2 * S**2 + sigma**2)
         return eps.bfloat16()
 

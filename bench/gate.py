@@ -18,7 +18,12 @@ def refused(ops: Iterable[Op], timed: Collection[str], device: str) -> dict[str,
         for case in op.cases():
             if case.large and f"{op.name}/{case.name}" not in timed:
                 continue
-            if complaint := fault(op, case, device):
+            try:
+                complaint = fault(op, case, device)
+            except Exception as error:  # a kernel that does not run is wrong, and others go on
+                said = (str(error).splitlines() or [""])[0]
+                complaint = f"{type(error).__name__} in case {case.name!r}: {said}"
+            if complaint:
                 wrong[op.name] = complaint
                 break
     return wrong

@@ -67,7 +67,7 @@ CIFAR = Panel(
     tuple((n, n, 32) for n in (1, 4, 16, 64)), (OURS, OPENVINO, EAGER),
 )  # fmt: skip
 ADM = Panel(
-    "ADM-256 network, by resolution", subjects.adm256,
+    "ADM-256 network, by resolution", partial(subjects.adm, 256),
     tuple((side, 1, side) for side in (32, 128, 256)),
     (replace(OURS, prepare=partial(OURS.prepare, memory="low")), EAGER),  # 554 M weights
 )  # fmt: skip

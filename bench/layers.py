@@ -39,7 +39,7 @@ def group_norm_silu(op: Op, inputs: tuple[Any, ...], settings: Settings) -> Work
 
 def attention(op: Op, inputs: tuple[Any, ...], settings: Settings) -> Work:
     """Attention, its operands side by side in one projection."""
-    q, k, v, scale = inputs
+    q, k, v, scale, _ = inputs
 
     def options() -> Iterator[Option]:
         yield Option(FASTDIFF, "new tensor", partial(ops.attention, q, k, v, scale))

@@ -34,6 +34,31 @@ def of_plain(table: Table, model: Model, x: Tensor, dtype: torch.dtype) -> Loop:
         yield plain.step_in_place(x, model(x.to(dtype), time), k, table.noisy, D=D, z=z)
 
 
+def compiled_step(
+    network: nn.Module, labels: Tensor, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(x, t, row of a guided table) -> x', from the network to the update one compiled function.
+
+    On a GPU it is one CUDA graph. Its result is overwritten by the next call.
+    """
+
+    def step(x: Tensor, t: Tensor, row: Tensor) -> Tensor:
+        both = torch.cat([x, x]).to(dtype, memory_format=torch.channels_last)
+        m, m_u = network(both, t.expand(len(both)), labels).chunk(2)
+        return plain.next_state(x, m, plain.Row(*row.unbind()), False, m_u)
+
+    return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
+def of_compiled(step: Callable[[Tensor, Tensor, Tensor], Tensor], table: Table, x: Tensor) -> Loop:
+    """A loop of `compiled_step`."""
+    t = torch.tensor(table.t, device=x.device).long()
+    for time, row in zip(t, table.tensor(x.device), strict=True):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = step(x, time, row).clone()
+        yield x
+
+
 class Turns:
     """A forward pre-hook for a network: whenever fastdiff's loop calls it, others take a step.
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from fastdiff.engine import Engine
 
 from . import memory, runtimes, subjects
-from .records import CONVOLUTION, FASTDIFF, OWN, Record, Settings, of_race, without_time
+from .records import CONVOLUTION, FASTDIFF, OWN, Record, Settings, of_race, surviving, without_time
 from .runtimes import EAGER, Call, Runtime, bf16, fp32
 from .subjects import Bare, Subject
 from .timing import Contender, now, race
@@ -52,6 +52,7 @@ class Row:
 
 CIFAR = partial(Row, "CIFAR-10 network", subjects.cifar10)
 ROWS = tuple(CIFAR(batch, dtype) for batch in (16, 1) for dtype in (fp32, bf16))
+MORE_ON_GPUS = (CIFAR(64, bf16), Row("ADM-64 network", partial(subjects.adm, 64), 16, bf16))
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,20 @@ class Runner:
 
 def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
     """Each network in turns: its time, error and memory, by contender."""
-    for row in tqdm(ROWS, desc=SECTION, leave=False):
+    rows = ROWS + MORE_ON_GPUS if settings.device == "cuda" else ROWS
+    for row in tqdm(rows, desc=SECTION, leave=False):
         row = replace(row, batch=min(row.batch, 2)) if settings.quick else row
-        subject = row.build()
-        example = subject.example(row.batch, settings.device)
-        runners, left_out = ready(subject, example, row.dtype, settings)
-        yield from (without_time(SECTION, row.title, why, who) for who, why in left_out.items())
-        if FASTDIFF in runners:
-            yield from _times(row, subject, example, runners, settings)
-            yield from _companions(row, runners)
+        yield from surviving(SECTION, row.title, _measured(row, settings))
+
+
+def _measured(row: Row, settings: Settings) -> Iterator[Record]:
+    subject = row.build()
+    example = subject.example(row.batch, settings.device)
+    runners, left_out = ready(subject, example, row.dtype, settings)
+    yield from (without_time(SECTION, row.title, why, who) for who, why in left_out.items())
+    if FASTDIFF in runners:
+        yield from _times(row, subject, example, runners, settings)
+        yield from _companions(row, runners)
 
 
 def ready(
@@ -89,15 +95,21 @@ def ready(
     also: tuple[Runtime, ...] = (),
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """The runtimes that compute the network rightly, and why others are left out."""
+    torch._dynamo.reset()  # else it gives up at the eighth network that runs the same code
     double = Bare(copy.deepcopy(subject.network)).to(settings.device).double()
     with torch.no_grad():
         truth = double(example[0].double(), *example[1:])
+    del double
     runners: dict[str, Runner] = {}
     left_out: dict[str, str] = {}
     for runtime in (*runtimes.RUNTIMES, *also):
-        if settings.device not in runtime.devices or not runtime.takes(subject.network, dtype):
-            continue
         if runtime.compiles and not settings.compile:
+            continue
+        if settings.device not in runtime.devices:
+            if settings.device == "cuda":
+                left_out[runtime.name] = "left out: runs on the CPU alone here"
+            continue
+        if not runtime.takes(subject.network, dtype):
             continue
         if not runtime.installed:
             left_out[runtime.name] = "not installed: pip install 'fastdiff[bench]'"
@@ -119,16 +131,16 @@ def ready(
 def _prepared(
     runtime: Runtime, network: Any, example: tuple[Tensor, ...], dtype: torch.dtype, truth: Tensor
 ) -> Runner:
-    before = memory.resident()
+    device = example[0].device.type
+    before = memory.resident(device)
     call = runtime.prepare(network, example, dtype)
     call(*example)
-    memory.resident()
-    memory.reset_peak()
-    device = example[0].device.type
+    memory.resident(device)
+    memory.reset_peak(device)
     began = now(device)
     out = call(*example)
     ms = 1e3 * (now(device) - began)
-    after = memory.peak()
+    after = memory.peak(device)
     error = float((out.double() - truth).norm() / truth.norm())
     mb = after - before if after and before else None
     engine = getattr(call, "network", None)
@@ -179,6 +191,8 @@ def gflop(subject: Subject) -> float:
 def convolution_of(dtype: torch.dtype, settings: Settings) -> tuple[Contender, float]:
     """torch's 3x3 convolution at a size that suits it, and its work in 1e9 FLOPs: the ceiling."""
     batch, channels, side = (1, 32, 8) if settings.quick else (16, 512, 16)
+    if settings.device == "cuda" and not settings.quick:
+        batch = 256
     x, weight = (
         torch.randn(size, device=settings.device).to(dtype, memory_format=torch.channels_last)
         for size in ((batch, channels, side, side), (channels, channels, 3, 3))

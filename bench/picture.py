@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .kernels import IN_CACHE
+from .kernels import CALLED, IN_CACHE
 from .records import FASTDIFF, YARDSTICKS, Record
 
 COLOURS = (
@@ -26,7 +26,7 @@ def draw(path: Path, machine: dict[str, Any], records: Sequence[Record]) -> bool
         (r.provider, r.row): r.ratio
         for r in records
         if r.ratio and r.metric == "us" and r.provider not in (FASTDIFF, *YARDSTICKS)
-        if not r.row.endswith(IN_CACHE)
+        if not r.row.endswith((IN_CACHE, CALLED))
     }
     if not shown:
         return False

@@ -1,45 +1,52 @@
 """The same formulas in plain PyTorch, written with care: in place, and whole for torch.compile.
 
 A coefficient that is zero in the sampler at hand is left out, as one would who writes only that
-sampler. Coefficients are Python floats, which torch.compile makes constants.
+sampler. Coefficients are Python floats, which torch.compile makes constants; or tensors, where one
+compiled function serves every row.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from functools import lru_cache
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdiff.table import COLUMNS, Table
 
-Row = SimpleNamespace  # a row of a sampler's table, by the names of its columns
+Row = namedtuple("Row", COLUMNS)  # of a sampler's table
 
 
 def rows(table: Table) -> list[Row]:
     """The rows of a table as numbers."""
-    return [Row(**dict(zip(COLUMNS, row, strict=True))) for row in table.numpy().tolist()]
+    return [Row(*row) for row in table.numpy().tolist()]
 
 
-def step_fused(
+def next_state(
     x: Tensor, m: Tensor, k: Row, noisy: bool, m_u: Tensor | None = None, v: Tensor | None = None
 ) -> Tensor:
-    """x' of one row of a table, stored in x: for torch.compile, which makes it one loop."""
+    """x' of one row of a table: for torch.compile, which makes it one loop."""
     m = m.float()
     if m_u is not None:
         m = m_u + (k.w + 1) * (m - m_u)
     D = (k.px * x + k.pm * m).clamp(-k.clip, k.clip)
     x_next = k.b * D
-    if k.a:
+    if isinstance(k.a, Tensor) or k.a:
         x_next = x_next + k.a * x
-    if k.n:
+    if isinstance(k.n, Tensor) or k.n:
         x_next = x_next + k.n * m
     if noisy:
         s = k.s if v is None else k.s * torch.exp(k.l * v)
         x_next = x_next + s * torch.randn_like(x)
-    return x.copy_(x_next)
+    return x_next
+
+
+def step_fused(x: Tensor, *args: Any, **given: Any) -> Tensor:
+    """The same, stored in x."""
+    return x.copy_(next_state(x, *args, **given))
 
 
 def step_in_place(

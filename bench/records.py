@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastdiff import gpu
 from fastdiff.op import missing
+from fastdiff.ops import OPS
 
 from .timing import Contender, Spread
 
@@ -24,6 +26,7 @@ COPY, UNGUIDED = "copy", "unguided"
 CONVOLUTION = "as convolutions"  # the time that a network's FLOPs take in oneDNN's convolution
 OWN = "the dtype's own"  # PyTorch's eager error in the dtype
 RATE = "images/s"  # a metric
+LACKS = (torch.OutOfMemoryError, ModuleNotFoundError)  # of the machine, no fault of ours
 YARDSTICKS = {  # providers fastdiff is measured in, and the column that shows it
     COPY: "copies",
     UNGUIDED: "x unguided",
@@ -104,26 +107,47 @@ def without_time(section: str, row: str, note: str, provider: str = FASTDIFF) ->
     return Record(section, row, provider, "", None, note=note)
 
 
+def surviving(section: str, row: str, records: Iterator[Record]) -> Iterator[Record]:
+    """The records of a row, to the error that ends it, which is told and ends no other row."""
+    try:
+        yield from records
+    except Exception as error:
+        what = "left out" if isinstance(error, LACKS) else "refused"
+        said = (str(error).splitlines() or [""])[0]
+        yield without_time(section, row, f"{what}: {type(error).__name__}: {said}")
+
+
 def machine(settings: Settings) -> dict[str, Any]:
     """What the figures depend on, for the head of the report."""
-    reason = missing("cpp" if settings.device == "cpu" else "triton")
-    kernels = f"reference ({reason})" if reason else "triton"
-    if settings.device == "cpu" and not reason:
-        from fastdiff import _C  # type: ignore[attr-defined]
-
-        kernels = f"cpp, {_C.isa()}"
-    packages = ("fastdiff", "torch", "diffusers", "openvino", "onnxruntime", "numpy")
+    packages = ("fastdiff", "torch", "triton", "diffusers", "openvino", "onnxruntime", "numpy")
     return {
-        "device": torch.cuda.get_device_name() if settings.device == "cuda" else _cpu_name(),
+        "device": str(gpu.found()[0]) if settings.device == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "kernels": kernels,
+        "kernels": _kernels(settings.device),
         "versions": {p: version_of(p) for p in packages} | {"python": platform.python_version()},
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": settings.steps,
         "quick": settings.quick,
     }
+
+
+def _kernels(device: str) -> str:
+    """Whose kernels run, and on what."""
+    if device == "cpu":
+        if reason := missing("cpp"):
+            return f"reference ({reason})"
+        from fastdiff import _C  # type: ignore[attr-defined]
+
+        return f"cpp, {_C.isa()}"
+    by_backend: dict[str, list[str]] = {}
+    for op in OPS.values():
+        by_backend.setdefault(op.backend(device), []).append(op.name)
+    kernels = "; ".join(f"{name}: {', '.join(ops)}" for name, ops in by_backend.items())
+    tf32 = "with" if torch.backends.cudnn.allow_tf32 else "without"
+    driver = gpu.driver() or "unknown"
+    return f"{kernels}\ndriver {driver}, {gpu.runtime()}, convolutions {tf32} TF32"
 
 
 def version_of(package: str) -> str:

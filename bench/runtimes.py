@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastdiff.engine import optimize
 
 from .records import FASTDIFF, version_of
-from .subjects import Bare, prepared
+from .subjects import Bare, Cast, prepared
 
 fp32, bf16 = torch.float32, torch.bfloat16
 Call = Callable[..., Tensor]
@@ -70,11 +70,25 @@ def _as_it_comes(network: nn.Module, example: tuple[Tensor, ...], dtype: torch.d
     return _of_torch(mine, dtype, torch.contiguous_format)
 
 
-def _compiled(network: nn.Module, example: tuple[Tensor, ...], dtype: torch.dtype) -> Call:
-    torch._dynamo.reset()  # else it gives up at the eighth network that runs the same code
+def _frozen(network: nn.Module, example: tuple[Tensor, ...], dtype: torch.dtype) -> Call:
     mine = Bare(prepared(copy.deepcopy(network), dtype, example[0].device.type))
     call = _of_torch(torch.compile(mine, dynamic=False), dtype, torch.channels_last)
     with torch._inductor.config.patch(freezing=True):  # as an option, it would come too late
+        call(*example)
+    return call
+
+
+def _compiled(
+    network: nn.Module, example: tuple[Tensor, ...], dtype: torch.dtype, mode: str
+) -> Call:
+    mine = Bare(prepared(copy.deepcopy(network), dtype, example[0].device.type))
+    run = _of_torch(torch.compile(mine, mode=mode, dynamic=False), dtype, torch.channels_last)
+
+    def call(*args: Tensor) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return run(*args)
+
+    for _ in range(3):  # its CUDA graph is recorded at the second call
         call(*example)
     return call
 
@@ -143,9 +157,10 @@ def _onnxruntime(network: nn.Module, example: tuple[Tensor, ...], dtype: torch.d
 def _fastdiff(
     network: nn.Module, example: tuple[Tensor, ...], dtype: torch.dtype, memory: str = "high"
 ) -> Bare:
-    if example[0].device.type == "cuda":  # the engine is the CPU's: on a GPU its loops run eager
-        return Bare(prepared(copy.deepcopy(network), dtype, "cuda"))
-    return Bare(optimize(network, str(dtype).removeprefix("torch."), memory))
+    name = str(dtype).removeprefix("torch.")
+    if example[0].device.type == "cpu":
+        return Bare(optimize(network, name, memory))
+    return Cast(optimize(copy.deepcopy(network).to(example[0].device), name), dtype)
 
 
 EAGER = Runtime("PyTorch", "torch", "eager, channels-last", _eager)
@@ -165,7 +180,18 @@ RUNTIMES = (
         prepare=partial(_openvino, static=False),
         takes=_crashes_openvino,
     ),
-    Runtime("torch.compile", "torch", "frozen, channels-last", _compiled, compiles=True),
+    Runtime("torch.compile", "torch", "frozen, channels-last", _frozen, compiles=True),
+    *(
+        Runtime(
+            f"torch.compile, {name}",
+            "torch",
+            f"{mode}, CUDA graphs, channels-last",
+            partial(_compiled, mode=mode),
+            devices=("cuda",),
+            compiles=True,
+        )
+        for name, mode in (("graphs", "reduce-overhead"), ("tuned", "max-autotune"))
+    ),
     Runtime(
         "ONNX Runtime",
         "onnxruntime",

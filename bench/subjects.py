@@ -53,6 +53,18 @@ class Bare(nn.Module):
         return getattr(out, "sample", out)
 
 
+class Cast(Bare):
+    """The same of a network that takes x in its own dtype."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(network)
+        self.dtype = dtype
+
+    def forward(self, *args: Tensor) -> Tensor:
+        x, *rest = args
+        return super().forward(x.to(self.dtype, memory_format=torch.channels_last), *rest)
+
+
 def fashion_mnist() -> Subject:
     """The shipped model."""
     model = fastdiff.load("fashion-mnist")
@@ -89,13 +101,16 @@ def cifar10(classes: int | None = None) -> Subject:
     )  # fmt: skip
 
 
-def adm256() -> Subject:
-    """guided-diffusion's 256-pixel ImageNet network (554 M parameters), with random weights."""
+def adm(image_size: int) -> Subject:
+    """guided-diffusion's ImageNet network of 64 or 256 pixels, with random weights."""
     torch.manual_seed(0)
-    config = UNetConfig.adm(256)
+    config = UNetConfig.adm(image_size)
     network = UNet(config).eval().requires_grad_(False)
-    linear = NoiseSchedule.linear(1000)
-    return Subject(network, (3, 256, 256), linear, "eps", classes=config.num_classes)
+    for p in network.parameters():
+        if not p.any():  # its blocks and its output start at zero, which would hide an error
+            p.normal_(std=0.02)
+    size = (config.in_channels, image_size, image_size)
+    return Subject(network, size, NoiseSchedule.linear(1000), "eps", classes=config.num_classes)
 
 
 def prepared(network: Any, dtype: torch.dtype, device: str) -> Any:

@@ -1,4 +1,8 @@
-"""Timing: contenders take turns, so that whatever slows the machine slows them all."""
+"""Timing: contenders take turns, so that whatever slows the machine slows them all.
+
+A call on a GPU has two times: what a caller waits for, which `burst` measures, and what the GPU
+works for it, which `busy` measures. On the CPU they are the same.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,12 @@ from numpy.typing import NDArray
 BURST_US = 1000.0  # a turn lasts at least this long, so that reading the clock costs nothing
 MOST_CYCLES, MOST_ROUNDS = 2000, 300
 TRIAL_ROUNDS, SLOW_US = 3, 5e4
+QUEUED = 48  # calls that a GPU's queue surely holds, of up to 20 kernels each
+LONGEST_WAIT_US = 2e5
+CYCLES_A_US = 2000  # of a GPU's clock, or fewer
+
+
+Timed = Callable[[Sequence[Callable[[], Any]], int, str], float]
 
 
 class Option(NamedTuple):
@@ -52,22 +62,37 @@ class Spread:
 
 
 def burst(calls: Sequence[Callable[[], Any]], cycles: int, device: str) -> float:
-    """Microseconds a call, over `cycles` rounds of all calls; on a GPU, by its own events."""
+    """Microseconds a call, over `cycles` rounds of all calls, the device's work included."""
     calls[-1]()  # untimed: the caches belong to this contender now, not to the one before
-    if device == "cuda":
-        torch.cuda.synchronize()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+    _wait(device)
     began = time.perf_counter_ns()
     for _ in range(cycles):
         for call in calls:
             call()
-    elapsed = (time.perf_counter_ns() - began) / 1e3
-    if device == "cuda":
-        stop.record()
-        torch.cuda.synchronize()
-        elapsed = start.elapsed_time(stop) * 1e3
-    return elapsed / (cycles * len(calls))
+    _wait(device)
+    return (time.perf_counter_ns() - began) / (1e3 * cycles * len(calls))
+
+
+def busy(calls: Sequence[Callable[[], Any]], cycles: int, device: str) -> float:
+    """Microseconds that a GPU works on a call, by its own events, and never waits for the host.
+
+    It first idles until the host has queued all the calls.
+    """
+    if device != "cuda":
+        return burst(calls, cycles, device)
+    cycles = min(cycles, math.ceil(QUEUED / len(calls)))
+    began = now(device)
+    calls[-1]()
+    submitting = 1e6 * (time.perf_counter() - began) * cycles * len(calls)
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(CYCLES_A_US * min(2 * submitting, LONGEST_WAIT_US)))
+    start.record()
+    for _ in range(cycles):
+        for call in calls:
+            call()
+    stop.record()
+    _wait(device)
+    return 1e3 * start.elapsed_time(stop) / (cycles * len(calls))
 
 
 def interleave(
@@ -76,16 +101,18 @@ def interleave(
     device: str,
     seconds: float,
     fewest: int,
+    timed: Timed = burst,
 ) -> NDArray[np.float64]:
     """Microseconds a call, [contenders, rounds]: A, B, C, A, B, C, ... for about `seconds`.
 
-    `guess` is what a call of each takes, in microseconds, to make turns of equal length.
+    `guess` is what a call of each takes, in microseconds, to make turns of equal length. `timed`
+    is `burst` or `busy`.
     """
     cycles = [_cycles(c.calls, us) for c, us in zip(contenders, guess, strict=True)]
     calls = [n * len(c.calls) + 1 for n, c in zip(cycles, contenders, strict=True)]
     rounds = int(np.clip(seconds * 1e6 / np.dot(calls, guess), fewest, MOST_ROUNDS))
     turns = [
-        [burst(c.calls, n, device) for c, n in zip(contenders, cycles, strict=True)]
+        [timed(c.calls, n, device) for c, n in zip(contenders, cycles, strict=True)]
         for _ in range(rounds)
     ]
     return np.array(turns).T
@@ -97,6 +124,7 @@ def race(
     seconds: float,
     fewest: int,
     only_if_faster: Mapping[str, str] | None = None,
+    timed: Timed = burst,
 ) -> dict[str, tuple[Contender, NDArray[np.float64]]]:
     """By provider, its fastest contender and that one's time in each round.
 
@@ -105,23 +133,23 @@ def race(
     """
     best: dict[str, tuple[float, Contender]] = {}
     for contender in contenders:
-        us = _trial(contender, device)
+        us = _trial(contender, device, timed)
         if contender.provider not in best or us < best[contender.provider][0]:
             best[contender.provider] = us, contender
     for a, b in (only_if_faster or {}).items():
         if a in best and b in best and best[b][0] < best[a][0]:
             del best[a]
     guess, chosen = zip(*best.values(), strict=True)
-    times = interleave(chosen, guess, device, seconds, fewest)
+    times = interleave(chosen, guess, device, seconds, fewest, timed)
     return {c.provider: (c, us) for c, us in zip(chosen, times, strict=True)}
 
 
-def _trial(contender: Contender, device: str) -> float:
-    us = burst(contender.calls, 1, device)
+def _trial(contender: Contender, device: str, timed: Timed) -> float:
+    us = timed(contender.calls, 1, device)
     if us > SLOW_US:
         return us
     cycles = _cycles(contender.calls, us)
-    return float(np.median([burst(contender.calls, cycles, device) for _ in range(TRIAL_ROUNDS)]))
+    return float(np.median([timed(contender.calls, cycles, device) for _ in range(TRIAL_ROUNDS)]))
 
 
 def _cycles(calls: Sequence[Callable[[], Any]], us: float) -> int:
@@ -130,6 +158,10 @@ def _cycles(calls: Sequence[Callable[[], Any]], us: float) -> int:
 
 def now(device: str) -> float:
     """Seconds on a clock that has waited for the device."""
+    _wait(device)
+    return time.perf_counter()
+
+
+def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()

@@ -1,46 +1,19 @@
-// The module fastdiff._C: addresses, sizes and strides as Python integers. The launchers of
-// fastdiff/ops/*.py make the calls, after the checks of the public functions.
-#include <pybind11/pybind11.h>
-
+// The module fastdiff._C: the CPU kernels.
 #include <cstdlib>
 #include <optional>
 #include <string>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-
-namespace py = pybind11;
 
 namespace {
 
 using namespace fd;
 
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 const Kernels& active() {
   static const Kernels& chosen = kernels(std::getenv("FASTDIFF_ISA"));
   return chosen;
-}
-
-Size size_of(const py::tuple& size) {
-  Size of;
-  for (int d = 0; d < 4; ++d) of.of[d] = size[d].cast<int64_t>();
-  return of;
-}
-
-// (address, dtype code, four strides) or None, as describe() of fastdiff/ops/layout.py gives them.
-Operand operand(const py::handle& described) {
-  Operand o;
-  if (described.is_none()) return o;
-  const auto parts = py::reinterpret_borrow<py::tuple>(described);
-  const auto strides = py::reinterpret_borrow<py::tuple>(parts[2]);
-  o.data = pointer<void>(parts[0].cast<int64_t>());
-  o.dtype = static_cast<DType>(parts[1].cast<int>());
-  for (int d = 0; d < 4; ++d) o.stride[d] = strides[d].cast<int64_t>();
-  return o;
 }
 
 Operand dense(int64_t address, DType dtype, int64_t elements) {
@@ -64,18 +37,14 @@ void check_in_table(const char* name, int64_t row, int64_t rows) {
                           std::to_string(rows) + "), the table's rows");
 }
 
+void check_all_in_table(const char* name, const int64_t* i, int64_t samples, int64_t rows) {
+  for (int64_t sample = 0; sample < samples; ++sample) check_in_table(name, i[sample], rows);
+}
+
 void run_step(const Step& op) {
   check_in_table("row", *op.row, op.rows);
   const Unlocked unlocked(op.size.all());
   active().step(op);
-}
-
-void step(int64_t table, int64_t rows, int64_t row, int64_t streams, int64_t copies,
-          const py::tuple& size, const py::list& o) {
-  run_step({size_of(size), pointer<const float>(table), rows, pointer<const int64_t>(row),
-            pointer<const int64_t>(streams), copies, operand(o[0]), operand(o[1]), operand(o[2]),
-            operand(o[3]), operand(o[4]), operand(o[5]), operand(o[6]), operand(o[7]),
-            operand(o[8]), operand(o[9])});
 }
 
 // As step, of contiguous tensors: (samples, elements of all, table, rows, row, streams, copies,
@@ -107,51 +76,29 @@ PyMethodDef step_dense_method = {"step_dense",
                                  reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(step_dense)),
                                  METH_FASTCALL, "The step of contiguous tensors."};
 
-void noising(int64_t t, int64_t table, int64_t rows, int64_t streams, uint32_t row,
-             const py::tuple& size, const py::list& o) {
-  const Noising op = {size_of(size),
-                      pointer<const int64_t>(t),
-                      pointer<const float>(table),
-                      rows,
-                      pointer<const int64_t>(streams),
-                      row,
-                      operand(o[0]),
-                      operand(o[1]),
-                      operand(o[2]),
-                      operand(o[3])};
-  for (int64_t sample = 0; sample < op.size.of[0]; ++sample)
-    check_in_table("t", op.t[sample], rows);
+void run_noising(const Noising& op) {
+  check_all_in_table("t", op.t, op.size.of[0], op.rows);
   const Unlocked unlocked(op.size.all());
   active().noising(op);
 }
 
-void cfg(int64_t weights, double w, const py::tuple& size, const py::list& o) {
-  const Cfg op = {size_of(size), pointer<const float>(weights), static_cast<float>(w),
-                  operand(o[0]), operand(o[1]), operand(o[2])};
-  const Unlocked unlocked(op.size.all());
-  active().cfg(op);
-}
-
-void randn(int64_t samples, int64_t elements, int64_t streams, uint32_t row, bool bits,
-           int64_t out) {
-  const Unlocked unlocked(samples * elements);
-  active().randn({samples, elements, pointer<const int64_t>(streams), row, bits,
-                  pointer<void>(out)});
-}
-
 // Adds name(...), which runs a kernel, and bind_name(...), which returns a function that does so
 // each time it is called, without arguments: for who makes the same call over and over.
-template <class Op, class... Args>
-void add(py::module_& module, const std::string& name, Op (*made)(Args...),
-         void (*Kernels::*kernel)(Op), int64_t (*work)(const Op&)) {
-  const auto run = [=](const Op& op) {
-    const Unlocked unlocked(work(op));
-    (active().*kernel)(op);
-  };
+template <class Op, class... Args, class Run>
+void add(py::module_& module, const std::string& name, Op (*made)(Args...), Run run) {
   module.def(name.c_str(), [=](Args... args) { run(made(args...)); });
   module.def(("bind_" + name).c_str(), [=](Args... args) {
     return py::cpp_function([run, op = made(args...)] { run(op); });
   });
+}
+
+// Runs the kernel, with the lock given away if the op's work is large.
+template <class Op>
+auto running(void (*Kernels::*kernel)(Op), int64_t (*work)(const Op&)) {
+  return [=](const Op& op) {
+    const Unlocked unlocked(work(op));
+    (active().*kernel)(op);
+  };
 }
 
 // Adds name_runs(dtype): whether a kernel is there for this dtype on this machine.
@@ -169,14 +116,6 @@ Conv3x3 conv3x3(const py::tuple& size, int dtype, int64_t weight, int64_t bias, 
           operand(o[1]), operand(o[2])};
 }
 
-// Size: samples, channels, pixels, groups.
-GroupNormSilu group_norm_silu(const py::tuple& size, double eps, bool silu, const py::list& o) {
-  const Size of = size_of(size);
-  return {of.of[0], of.of[1], of.of[2], of.of[3], static_cast<float>(eps), silu,
-          operand(o[0]), operand(o[1]), operand(o[2]), operand(o[3]), operand(o[4]),
-          operand(o[5])};
-}
-
 // Size: batch, heads, queries, keys; then a head's.
 Attention attention(const py::tuple& size, int64_t head_size, double scale, const py::list& o) {
   const Size of = size_of(size);
@@ -192,6 +131,36 @@ Linear linear(const py::tuple& size, int dtype, int64_t weight, int64_t bias, co
           operand(o[2])};
 }
 
+WeightedMse weighted_mse(int64_t t, int64_t weights, int64_t times, int64_t losses, int64_t sums,
+                         const py::tuple& size, const py::list& o) {
+  const WeightedMse op = {size_of(size),          pointer<const int64_t>(t),
+                          pointer<const float>(weights), times,
+                          pointer<float>(losses), pointer<float>(sums),
+                          operand(o[0]),          operand(o[1])};
+  check_all_in_table("t", op.t, op.size.of[0], times);
+  return op;
+}
+
+WeightedMseBackward weighted_mse_backward(int64_t t, int64_t weights, int64_t times, int64_t grad,
+                                          double scale, const py::tuple& size, const py::list& o) {
+  const WeightedMseBackward op = {
+      size_of(size), pointer<const int64_t>(t), pointer<const float>(weights),
+      pointer<const float>(grad), scale, operand(o[0]), operand(o[1]), operand(o[2]),
+      operand(o[3])};
+  check_all_in_table("t", op.t, op.size.of[0], times);
+  return op;
+}
+
+TeacherStep teacher_step(int64_t table, int64_t rows, int64_t i, int64_t weights, double w,
+                         const py::tuple& size, const py::list& o) {
+  const TeacherStep op = {size_of(size), pointer<const float>(table), rows,
+                          pointer<const int64_t>(i), pointer<const float>(weights),
+                          static_cast<float>(w), operand(o[0]), operand(o[1]), operand(o[2]),
+                          operand(o[3]), operand(o[4])};
+  check_all_in_table("i", op.i, op.size.of[0], rows);
+  return op;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -199,22 +168,36 @@ PYBIND11_MODULE(_C, module) {
   active();
   module.def("isa", [] { return active().isa; }, "The instruction set picked for this machine.");
   module.def("threaded", &has_threads, "Whether an OpenMP runtime was found in the process.");
-  module.def("step", &step);
+  add(module, "step", &step_of, &run_step);
   module.add_object("step_dense", PyCFunction_New(&step_dense_method, nullptr));
-  module.def("noising", &noising);
-  module.def("cfg", &cfg);
-  module.def("randn", &randn);
+  add(module, "noising", &noising_of, &run_noising);
+  add(module, "cfg", &cfg_of,
+      running<Cfg>(&Kernels::cfg, [](const Cfg& op) { return op.size.all(); }));
+  add(module, "randn", &randn_of, running<Randn>(&Kernels::randn, [](const Randn& op) {
+        return op.samples * op.elements;
+      }));
   add_runs(module, "conv3x3", &Kernels::conv3x3_runs);
   add_runs(module, "attention", &Kernels::attention_runs);
   add_runs(module, "linear", &Kernels::linear_runs);
-  add<Conv3x3>(module, "conv3x3", &conv3x3, &Kernels::conv3x3, [](const Conv3x3& op) {
-    return op.samples * op.height * op.width * op.outputs;
-  });
-  add<GroupNormSilu>(module, "group_norm_silu", &group_norm_silu, &Kernels::group_norm_silu,
-                     [](const GroupNormSilu& op) { return op.samples * op.channels * op.pixels; });
-  add<Attention>(module, "attention", &attention, &Kernels::attention, [](const Attention& op) {
-    return op.batch * op.heads * op.queries * op.keys * op.size;
-  });
-  add<Linear>(module, "linear", &linear, &Kernels::linear,
-              [](const Linear& op) { return op.samples * op.rows * op.outputs; });
+  add(module, "conv3x3", &conv3x3, running<Conv3x3>(&Kernels::conv3x3, [](const Conv3x3& op) {
+        return op.samples * op.height * op.width * op.outputs;
+      }));
+  add(module, "group_norm_silu", &group_norm_silu_of,
+      running<GroupNormSilu>(&Kernels::group_norm_silu, [](const GroupNormSilu& op) {
+        return op.samples * op.channels * op.pixels;
+      }));
+  add(module, "attention", &attention,
+      running<Attention>(&Kernels::attention, [](const Attention& op) {
+        return op.batch * op.heads * op.queries * op.keys * op.size;
+      }));
+  add(module, "linear", &linear, running<Linear>(&Kernels::linear, [](const Linear& op) {
+        return op.samples * op.rows * op.outputs;
+      }));
+  add(module, "weighted_mse", &weighted_mse, running<WeightedMse>(
+      &Kernels::weighted_mse, [](const WeightedMse& op) { return op.size.all(); }));
+  add(module, "weighted_mse_backward", &weighted_mse_backward, running<WeightedMseBackward>(
+      &Kernels::weighted_mse_backward,
+      [](const WeightedMseBackward& op) { return op.size.all(); }));
+  add(module, "teacher_step", &teacher_step, running<TeacherStep>(
+      &Kernels::teacher_step, [](const TeacherStep& op) { return op.size.all(); }));
 }

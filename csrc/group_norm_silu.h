@@ -25,6 +25,15 @@ FD_HOST_DEVICE Normal normal_of(double count, double sum, double square, float e
   return {mean, 1.0 / __builtin_sqrt(positive + eps)};
 }
 
+// Adds `count` numbers of which the sums of x - shift and of its square are given: with a shift
+// that is about their mean, nothing is lost in float32.
+FD_HOST_DEVICE void add_shifted(double& sums, double& squares, double count, float shift, float sum,
+                                float square) {
+  const double from = shift, part = sum, whole = count * from;
+  sums += part + whole;
+  squares += square + from * (part + part + whole);
+}
+
 // What a channel's elements go through: a x + b.
 struct Affine {
   float a, b;

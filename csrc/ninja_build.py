@@ -1,7 +1,8 @@
 """Builds the kernels with ninja: what each file is compiled with stands here.
 
 setup.py uses it for the extension modules; `python csrc/ninja_build.py FOLDER` builds and runs the
-plain C++ tests in FOLDER, with the address and undefined-behaviour sanitizers. Needs no torch.
+plain C++ tests in FOLDER, with the address and undefined-behaviour sanitizers. Needs no torch. The
+CUDA kernels are compiled twice: by nvcc, and for the emulator of csrc/tests by the C++ compiler.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import nvcc
 
 CSRC = Path(__file__).resolve().parent
 
@@ -31,17 +34,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512": f"{_AVX2} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl "
         "-mprefer-vector-width=512",
     }
-CUDA_TARGETS = ("80", "90", "100")
+EMULATED = f"-x c++ -DFD_EMULATED -I{CSRC / 'tests' / 'emulator'} -Wno-unknown-pragmas"
 
 
 def compiler() -> str | None:
     """The C++ compiler: $CXX, or the first that is found; None without one."""
     return next(filter(shutil.which, [os.environ.get("CXX", ""), "g++", "c++", "clang++"]), None)
-
-
-def cuda_compiler() -> str | None:
-    """nvcc, if it is found and there is something for it to compile."""
-    return shutil.which("nvcc") if list((CSRC / "cuda").glob("*.cu")) else None
 
 
 def _rules(flags: str) -> str:
@@ -53,9 +51,12 @@ rule cxx
 rule link
   command = {compiler()} {flags} $in $more -o $out
 rule nvcc
-  command = nvcc -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden $more -c $in -o $out
+  command = nvcc {nvcc.FLAGS} -ccbin {compiler()} -Xcompiler -fPIC,-fvisibility=hidden $more $
+    -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
 rule nvlink
-  command = nvcc -shared $in -o $out
+  command = nvcc -shared -cudart static -ccbin {compiler()} $in -o $out
 """
 
 
@@ -73,6 +74,12 @@ def _kernels() -> Iterator[Edge]:
             yield "cxx", f"{source.stem}.{isa}.o", _path(source), f"-DFD_ISA={isa} {flags}"
 
 
+def _emulated(*more: Path) -> Iterator[Edge]:
+    """Every file of csrc/cuda, and more, for the emulator."""
+    for source in [*nvcc.SOURCES, *more]:
+        yield "cxx", f"{source.stem}.emulated.o", _path(source), EMULATED
+
+
 def _run_ninja(folder: Path, flags: str, edges: list[Edge]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -85,28 +92,37 @@ def _run_ninja(folder: Path, flags: str, edges: list[Edge]) -> None:
     subprocess.run([*ninja, "-C", str(folder), "--quiet"], check=True)
 
 
-def extension(name: str, output: Path, folder: Path, includes: list[str]) -> None:
-    """Build the extension module `name`, _C or _cuda, as the file `output`; objects in `folder`."""
+def extension(
+    name: str, output: Path, folder: Path, includes: list[str], emulated: bool = False
+) -> None:
+    """Build the extension module `name`, _C or _cuda, as the file `output`; objects in `folder`.
+
+    `emulated` builds _cuda for the emulator, which runs it on the CPU.
+    """
     include = " ".join(f"-I{shlex.quote(i)}" for i in includes).replace("$", "$$")
+    undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
+    link = ("link", f"-shared {undefined}")
     if name == "_C":
         edges = [*_kernels(), ("cxx", "bind.o", _path(CSRC / "bind.cpp"), include)]
-        undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
-        link = ("link", f"-shared {undefined}")
     else:
-        targets = " ".join(f"-gencode arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS)
-        sources = sorted((CSRC / "cuda").glob("*.cu"))
-        edges = [("nvcc", f"{s.stem}.o", _path(s), f"{include} {targets}") for s in sources]
-        link = ("nvlink", "")
+        edges = [("cxx", "bind.o", _path(CSRC / "cuda" / "bind.cpp"), include)]
+        if emulated:
+            edges += _emulated()
+        else:
+            how = nvcc.gencode()
+            edges += [("nvcc", f"{s.stem}.o", _path(s), how) for s in nvcc.SOURCES]
+            link = ("nvlink", "")
     objects = " ".join(out for _, out, _, _ in edges)
     output.parent.mkdir(parents=True, exist_ok=True)
     edges.append((link[0], _path(output.resolve()), objects, link[1]))
-    _run_ninja(folder, "-O3 -DNDEBUG", edges)
+    _run_ninja(folder, "-O1" if emulated else "-O3 -DNDEBUG", edges)
 
 
 def test(folder: Path) -> int:
     """Build and run the C++ tests under the sanitizers; warnings are errors. The exit status."""
     tests = sorted((CSRC / "tests").glob("*.cpp"))
-    edges = [*_kernels(), *(("cxx", f"test_{s.stem}.o", _path(s), "") for s in tests)]
+    edges = [*_kernels(), *_emulated(CSRC / "tests" / "emulator" / "barrier.cu")]
+    edges += [("cxx", f"test_{s.stem}.o", _path(s), "") for s in tests]
     objects = " ".join(out for _, out, _, _ in edges)
     edges.append(("link", "tests", objects, "-fopenmp"))
     sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"

@@ -49,16 +49,45 @@ FD_HOST_DEVICE float clamp(float x, float limit) {
   return low > limit ? limit : low;
 }
 
+// The formula's terms, in their order.
+FD_HOST_DEVICE float guided(const Row& k, float m, float m_u) {
+  return FD_FMA(k.w_1, m - m_u, m_u);
+}
+
+FD_HOST_DEVICE float predicted(const Row& k, float x, float m) {
+  return clamp(FD_FMA(k.px, x, k.pm * m), k.clip);
+}
+
+FD_HOST_DEVICE float with_classifier(const Row& k, float D, float r, float g) {
+  return FD_FMA(k.q * (r * r), g, D);
+}
+
+FD_HOST_DEVICE float next_state(const Row& k, float x, float D, float m) {
+  return FD_FMA(k.a, x, FD_FMA(k.b, D, k.n * m));
+}
+
+FD_HOST_DEVICE float with_history(const Row& k, float x_next, float h) {
+  return FD_FMA(k.c, h, x_next);
+}
+
+FD_HOST_DEVICE float with_noise(const Row& k, float x_next, float r, float z) {
+  return FD_FMA(k.s * r, z, x_next);
+}
+
+FD_HOST_DEVICE float next_history(const Row& k, float x, float D) {
+  return FD_FMA(k.d, x, k.e * D);
+}
+
 template <unsigned has>
 FD_HOST_DEVICE StepOutput step_element(const Row& k, const StepInput& in) {
-  const float m = has & kGuided ? FD_FMA(k.w_1, in.m - in.m_u, in.m_u) : in.m;
+  const float m = has & kGuided ? guided(k, in.m, in.m_u) : in.m;
   const float r = has & kLearned ? exponential(k.l * in.v) : 1.0f;
-  float D = clamp(FD_FMA(k.px, in.x, k.pm * m), k.clip);
-  if (has & kClassifier) D = FD_FMA(k.q * (r * r), in.g, D);
-  float x = FD_FMA(k.a, in.x, FD_FMA(k.b, D, k.n * m));
-  if (has & kHistory) x = FD_FMA(k.c, in.h, x);
-  if (has & kNoise) x = FD_FMA(k.s * r, in.z, x);
-  return {x, FD_FMA(k.d, in.x, k.e * D)};
+  float D = predicted(k, in.x, m);
+  if (has & kClassifier) D = with_classifier(k, D, r, in.g);
+  float x = next_state(k, in.x, D, m);
+  if (has & kHistory) x = with_history(k, x, in.h);
+  if (has & kNoise) x = with_noise(k, x, r, in.z);
+  return {x, next_history(k, in.x, D)};
 }
 
 }  // namespace fd

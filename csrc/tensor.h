@@ -24,7 +24,8 @@
 #endif
 
 // Contraction is off, so a result depends on the instruction set only where this says so.
-#if defined(__CUDACC__) || defined(__HIPCC__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__CUDACC__) || defined(__HIPCC__) || defined(__FMA__) || \
+    defined(__ARM_FEATURE_FMA) || defined(FD_EMULATED)
 #define FD_FMA(a, b, c) __builtin_fmaf(a, b, c)
 #else
 #define FD_FMA(a, b, c) ((a) * (b) + (c))
@@ -39,14 +40,25 @@ struct Operand {
   void* data = nullptr;
   DType dtype = DType::f32;
   int64_t stride[4] = {0, 0, 0, 0};
+  bool wide = false;  // for csrc/cuda, which sets it: samples are read 128 bits at a time
 };
+
+FD_HOST_DEVICE constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 struct Size {
   int64_t of[4] = {0, 1, 1, 1};
 
-  int64_t sample() const { return of[1] * of[2] * of[3]; }
-  int64_t all() const { return of[0] * sample(); }
+  FD_MEMBER int64_t sample() const { return of[1] * of[2] * of[3]; }
+  FD_MEMBER int64_t all() const { return of[0] * sample(); }
 };
+
+// Whether the elements of a sample are adjacent.
+FD_HOST_DEVICE bool is_dense(const Operand& o, const Size& size) {
+  int64_t step = 1;
+  for (int d = 3; d > 0; step *= size.of[d--])
+    if (size.of[d] != 1 && o.stride[d] != step) return false;
+  return true;
+}
 
 FD_HOST_DEVICE uint32_t bits_of(float x) {
   uint32_t bits;

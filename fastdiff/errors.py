@@ -48,6 +48,29 @@ def on_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
+def per_sample(
+    name: str, value: Tensor, dtype: torch.dtype, other_name: str, other: Tensor
+) -> None:
+    """Raise unless `value` is a tensor [B] of `dtype`, one entry a sample of `other` [B, ...]."""
+    is_tensor(name, value)
+    has_dtype(name, value, (dtype,))
+    on_device(name, value, other_name, other)
+    if value.shape != other.shape[:1]:
+        raise ValueError(
+            f"{name}: has shape {tuple(value.shape)}, must be ({len(other)},), one for each "
+            f"sample of {other_name}"
+        )
+
+
+def in_range(name: str, value: Tensor, count: int) -> None:
+    """Raise ValueError unless all of `value` is in [0, count); a GPU's is not read back."""
+    if torch.compiler.is_compiling() or value.device.type != "cpu" or not value.numel():
+        return
+    low, high = (int(v) for v in value.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name}: spans {low} to {high}, must be within 0 and {count - 1}")
+
+
 def no_gradient(**tensors: Tensor | None) -> None:
     """Raise RuntimeError if a gradient would be asked of an op that has none."""
     if not torch.is_grad_enabled():

@@ -76,6 +76,16 @@ class DiffusionLoss:
         self, model: Callable[..., Any], x0: Tensor, t: Tensor | None = None, cond: Any = None
     ) -> Tensor:
         """The loss of each sample, fp32 [B]; arguments as for calling."""
+        return self.with_sums(model, x0, t, cond)[0]
+
+    def with_sums(
+        self, model: Callable[..., Any], x0: Tensor, t: Tensor | None = None, cond: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """`per_sample`'s losses, and the sums fp32 [T, 3] of `ops.weighted_mse` at each timestep.
+
+        The sums say how large the unweighted errors are at each t, and may be added up over
+        batches; nothing is read back from the device to make them.
+        """
         if t is None:
             t = torch.randint(len(self.schedule), (len(x0),), device=x0.device)
         x_t, target = ops.noising(x0, t, self.schedule, prediction=self.prediction)
@@ -86,5 +96,5 @@ class DiffusionLoss:
                 f"model output of shape {tuple(output.shape)}: must be {tuple(target.shape)}, "
                 "as x0; a learned variance has no part in this loss"
             )
-        self._weights = self._weights.to(x0.device)
-        return self._weights[t] * (target - output.float()).square().flatten(1).mean(1)
+        self._weights = self._weights.to(x0.device, non_blocking=True)
+        return ops.weighted_mse(output, target, self._weights, t)

@@ -1,4 +1,4 @@
-"""Rollout: one run of a table on one model. Buffers are made once, then it goes row by row."""
+"""Rollout: the buffers of one run of a table on one model, and what happens in a row."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,82 +36,93 @@ def placement(model: Model) -> tuple[torch.dtype, torch.device | None]:
 
 
 class Rollout:
-    """The state of a run: x (float32), the register, and the model's next input.
+    """Everything that the rows of a run read and write, on the device: nothing is read back.
 
-    `x` holds the starting state and is overwritten row after row. `cond` goes to the model as its
-    third argument; with a guided table `uncond` does so for the second half of a doubled batch.
+    `x` holds the starting state, float32, and is overwritten row after row; `dtype` is what the
+    model computes in. `cond` goes to the model as its third argument; with a guided table
+    `uncond` does so for the second half of a doubled batch. With `preview`, `x0` holds the
+    predicted x0 of the latest row.
     """
+
+    BY_ROW = ("t", "columns", "previews")
+    BUFFERS = (*BY_ROW, "x", "h", "streams", "cond", "both", "input", "x0")
 
     def __init__(
         self,
         table: Table,
-        model: Model,
+        dtype: torch.dtype,
         x: Tensor,
         *,
         cond: Tensor | None = None,
         uncond: Tensor | None = None,
         streams: Tensor | None = None,
-        gradient: Callable[..., Tensor] | None = None,
+        preview: bool = False,
     ) -> None:
-        dtype, _ = placement(model)
-        batch, device = len(x), x.device
-        self.table, self.model, self.x, self.gradient = table, model, x, gradient
+        self.x, self.cond = x, cond
+        self.guided = (table.w != 0).tolist()
+        self.learned_variance = table.learned_variance
         self.streams = streams if table.noisy else None
         self.h = torch.zeros_like(x) if table.history else None
-        self.cond = () if cond is None else (cond,)
-        self.both = () if cond is None or uncond is None else (torch.cat([cond, uncond]),)
-        self.guided = (table.w != 0).tolist()
+        self.both = None if cond is None or uncond is None else torch.cat([cond, uncond])
         self.copies = 2 if table.guided else int(dtype != x.dtype or bool((table.c_in != 1).any()))
         self.input = x
         if self.copies:
-            scaled = (float(table.c_in[0]) * x).to(dtype)
-            self.input = torch.cat([scaled] * self.copies)
-        self.first = self.input[:batch]
-        t = timesteps(table, max(self.copies, 1) * batch, device)
-        self.t_both = t.unbind()
-        self.t = t[:, :batch].unbind() if table.guided else self.t_both
-        self.rows = torch.arange(len(table), device=device).unbind()
-        self.columns = table.tensor(device)
-        self._prepare(t)
+            self.input = torch.cat([(float(table.c_in[0]) * x).to(dtype)] * self.copies)
+        self.t = timesteps(table, len(self.input), x.device)
+        self.columns = table.tensor(x.device)
+        self.previews = previews(table).tensor(x.device) if preview else None
+        self.x0 = torch.empty_like(x) if preview else None
 
-    def _prepare(self, t: Tensor) -> None:
+    def step(
+        self,
+        model: Model,
+        gradient: Callable[..., Tensor] | None,
+        guided: bool,
+        t: Tensor,
+        row: Tensor,
+    ) -> None:
+        """Run one row in place. t: what `self.t` holds for it; row: its number, int64."""
+        x, batch = self.x, len(self.x)
+        cond = () if self.cond is None else (self.cond,)
+        t_alone = t if len(t) == batch else t.narrow(0, 0, batch)
+        if guided:
+            out = model(self.input, t, *(() if self.both is None else (self.both,)))
+        else:
+            alone = self.input if t_alone is t else self.input.narrow(0, 0, batch)
+            out = model(alone, t_alone, *cond)
+        m, m_u, v = split(out, x, guided, self.learned_variance)
+        g = None
+        if gradient is not None:
+            g = gradient(x, t_alone, *cond)
+            errors.like("gradient: its result", g, "x", x)
+        if self.x0 is not None:
+            STEP.write(
+                x, m, self.previews, row, m_u, v, g, None, None, None, 0,
+                x_next=self.x0, h_next=None, model_input=None,
+            )  # fmt: skip
+        STEP.write(
+            x, m, self.columns, row, m_u, v, g, self.h, None, self.streams, self.copies,
+            x_next=x, h_next=self.h, model_input=self.input if self.copies else None,
+        )  # fmt: skip
+
+    def prepare(self, model: Model) -> None:
         """Tell an optimized model (`fastdiff.optimize`) which calls will come."""
-        prepare = getattr(self.model, "prepare_rows", None)
+        prepare = getattr(model, "prepare_rows", None)
         if prepare is None:
             return
-        guided = torch.tensor(self.guided, device=t.device)
+        guided, batch = torch.tensor(self.guided), len(self.x)
         if guided.any():
-            prepare(self.input, t[guided], *self.both)
+            prepare(self.input, self.t[guided], *(() if self.both is None else (self.both,)))
         if not guided.all():
-            prepare(self.first, t[~guided, : len(self.first)], *self.cond)
-
-    def run(self, i: int, preview: Tensor | None = None) -> Tensor | None:
-        """Run row i in place. With the columns of `previews(table)`, return the predicted x0."""
-        if self.guided[i]:
-            out = self.model(self.input, self.t_both[i], *self.both)
-        else:
-            out = self.model(self.first, self.t[i], *self.cond)
-        m, m_u, v = split(out, self.x, self.guided[i], self.table.learned_variance)
-        g = None
-        if self.gradient is not None:
-            g = self.gradient(self.x, self.t[i], *self.cond)
-            errors.like("gradient: its result", g, "x", self.x)
-        row = self.rows[i]
-        x0 = None
-        if preview is not None:
-            x0 = STEP.call(self.x, m, preview, row, m_u, v, g, None, None, None, 0)[0]
-        STEP.write(
-            self.x, m, self.columns, row, m_u, v, g, self.h, None, self.streams, self.copies,
-            x_next=self.x, h_next=self.h, model_input=self.input if self.copies else None,
-        )  # fmt: skip
-        return x0
+            cond = () if self.cond is None else (self.cond,)
+            prepare(self.input[:batch], self.t[~guided, :batch], *cond)
 
 
 def timesteps(table: Table, batch: int, device: torch.device) -> Tensor:
     """What the model is told: [rows, batch], int64 where all are whole numbers, else float32."""
-    t = torch.tensor(table.t).to(device)
-    whole = bool((t == t.round()).all())
-    return t.to(torch.int64 if whole else torch.float32)[:, None].repeat(1, batch)
+    dtype = np.int64 if np.array_equal(table.t, table.t.round()) else np.float32
+    t = torch.from_numpy(table.t.astype(dtype)).to(device, non_blocking=True)
+    return t.unsqueeze(1).repeat(1, batch)
 
 
 def split(
@@ -147,8 +159,11 @@ def split(
         )
     m_u, v = None, None
     if guided:
-        out, m_u = out[:batch], out[batch:]
+        m, m_u = out.chunk(2)
+    else:
+        m = out
     if extra:
-        v = out[:, channels:] if learned_variance else None
-        out, m_u = out[:, :channels], None if m_u is None else m_u[:, :channels]
-    return out, m_u, v
+        m, v = m.chunk(2, 1)
+        v = v if learned_variance else None
+        m_u = None if m_u is None else m_u.chunk(2, 1)[0]
+    return m, m_u, v

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import errors, presets, tables
+from . import graph as graphs
 from .ops.randn import BEFORE_FIRST_ROW, randn, streams_of
 from .ops.step import step
-from .rollout import Model, Rollout, placement, previews, split
+from .rollout import Model, Rollout, placement, split
 from .schedule import NoiseSchedule
 from .spacing import SPACINGS
 from .table import Table
@@ -57,6 +59,7 @@ class Sampler:
         *,
         uncond: Tensor | None = None,
         gradient: Callable[..., Tensor] | None = None,
+        graph: bool | None = None,
     ) -> Tensor:
         """Draw samples: float32, of the given shape, on the model's device.
 
@@ -69,6 +72,9 @@ class Sampler:
         `model.null_cond(cond)`. gradient(x, t[, cond]): a classifier's gradient at x, for a table
         with a classifier scale. callback(row, x, x0) is called after each row with the state and
         the predicted x0; x is overwritten by the next row, clone it to keep it.
+        graph: whether rows are replayed from CUDA graphs (`fastdiff.graph`): by default on a GPU,
+        for an nn.Module that allows it; False never, True or else RuntimeError. progress: a bar,
+        on a GPU at most two rows ahead of it.
 
         Raises ValueError or TypeError, before the model runs, for arguments that do not fit.
         """
@@ -89,16 +95,15 @@ class Sampler:
             if value is not None and len(value) != shape[0]:
                 raise ValueError(f"{name}: has batch {len(value)}, must be {shape[0]} as in shape")
         start, streams = self._start(model, shape, seed, x_T, first_index)
+        dtype, preview = placement(model)[0], callback is not None
         rollout = Rollout(
-            table, model, start, cond=cond, uncond=uncond, streams=streams, gradient=gradient
+            table, dtype, start, cond=cond, uncond=uncond, streams=streams, preview=preview
         )
-        preview = None
-        if callback is not None:
-            preview = previews(table).tensor(start.device)
-        for i in tqdm(range(len(table)), desc=table.name, disable=not progress):
-            x0 = rollout.run(i, preview)
-            if callback is not None and x0 is not None:
-                callback(i, rollout.x, x0)
+        with graphs.stepping(model, rollout, gradient, graph) as advance:
+            for i in _shown(table, start.device) if progress else range(len(table)):
+                state = advance(i)
+                if callback is not None and state.x0 is not None:
+                    callback(i, state.x, state.x0.clone())
         return rollout.x
 
     def _start(
@@ -174,6 +179,17 @@ class Sampler:
             columns = self.table.tensor(device)
             self._tables[device] = columns, torch.arange(len(self.table), device=device).unbind()
         return self._tables[device]
+
+
+def _shown(table: Table, device: torch.device) -> Iterator[int]:
+    """The rows, with a bar of those done: a GPU is let run two rows behind, so it never idles."""
+    behind: deque[torch.cuda.Event] = deque()
+    for i in tqdm(range(len(table)), desc=table.name):
+        yield i
+        if device.type == "cuda":
+            behind.append(torch.cuda.current_stream(device).record_event())
+            if len(behind) > 2:
+                behind.popleft().synchronize()
 
 
 def _unconditional(model: Model, cond: Tensor | None, uncond: Tensor | None) -> Tensor:
@@ -258,19 +274,22 @@ class DDIMSampler(_Scheduled):
         )  # fmt: skip
 
     @torch.no_grad()
-    def invert(self, model: Model, x0: Tensor, cond: Tensor | None = None) -> Tensor:
+    def invert(
+        self, model: Model, x0: Tensor, cond: Tensor | None = None, *, graph: bool | None = None
+    ) -> Tensor:
         """Encode clean data as the noise it comes from: the deterministic ODE, backwards.
 
         x0: float32 [B, C, ...]. `sample(model, x_T=invert(model, x0), ...)` with eta = 0 comes
-        back to x0, to first order in the step (Song et al. 2021, section 5.4).
+        back to x0, to first order in the step (Song et al. 2021, section 5.4). graph: as `sample`.
         """
         errors.is_tensor("x0", x0)
         errors.has_dtype("x0", x0, (torch.float32,))
         given = {k: v for k, v in self.options.items() if k in ("prediction", "clip")}
         table = tables.ddim_inverse(self.schedule, self.timesteps, **given)
-        rollout = Rollout(table, model, x0.clone(), cond=cond)
-        for i in range(len(table)):
-            rollout.run(i)
+        rollout = Rollout(table, placement(model)[0], x0.clone(), cond=cond)
+        with graphs.stepping(model, rollout, None, graph) as advance:
+            for i in range(len(table)):
+                advance(i)
         return rollout.x / self.table.init
 
 

@@ -92,7 +92,7 @@ class Table:
 
     def tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """float32 [R, 15], contiguous, on a device: what `ops.step` reads."""
-        return torch.from_numpy(self.numpy().astype(np.float32)).to(device)
+        return torch.from_numpy(self.numpy().astype(np.float32)).to(device, non_blocking=True)
 
     # Which operands the rows use at all; each decides what a kernel is compiled to read.
 

@@ -1,5 +1,5 @@
 """Triton kernels, one file an op, installed as `fastdiff.kernels`; imported when first launched.
 
-Each file has one kernel, `<op>_kernel`, and `plan(*inputs, *outputs)`, the launch that the record's
-arguments ask for. `launch` runs that plan; `python -m fastdiff.aot` compiles it without a GPU.
+An op's file has its kernels and `plan(*inputs, *outputs)`, the launches that the record's arguments
+ask for. `launch` runs that plan; `python -m fastdiff.aot` compiles it without a GPU.
 """

@@ -19,7 +19,9 @@ def cfg_kernel(m_cond, m_uncond, out, weights, w, shape, BLOCK: tl.constexpr):
     store(out, sample, elements, shape, u + (w + 1) * (c - u))
 
 
-def plan(m_cond: Tensor, m_uncond: Tensor, weights: Tensor | None, w: float, out: Tensor) -> Launch:
+def plan(
+    m_cond: Tensor, m_uncond: Tensor, weights: Tensor | None, w: float, out: Tensor
+) -> list[Launch]:
     operands = {"m_cond": m_cond, "m_uncond": m_uncond, "out": out}
     return tiled(cfg_kernel, operands, weights=weights, w=w)
 

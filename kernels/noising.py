@@ -34,7 +34,7 @@ def plan(
     row: int,
     x_t: Tensor,
     target: Tensor,
-) -> Launch:
+) -> list[Launch]:
     operands = {"x0": x0, "noise": noise, "x_t": x_t, "target": target}
     return tiled(noising_kernel, operands, streams=streams, t=t, table=table, row=row)
 

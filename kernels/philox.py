@@ -54,7 +54,7 @@ def radius(r):
     e = (bits - SQRT_HALF) >> 23
     f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1
     slope = tl.fma(tl.fma(polynomial(LOG, 8, f), f, 1.0), f, -2.0)
-    return tl.sqrt_rn(tl.fma(e.to(tl.float32), -1.38629436, f * slope))
+    return tl.sqrt(tl.fma(e.to(tl.float32), -1.38629436, f * slope))
 
 
 @triton.jit

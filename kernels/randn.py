@@ -25,7 +25,7 @@ def randn_kernel(out, streams, row, shape, BITS: tl.constexpr, BLOCK: tl.constex
     store(out, sample, elements, shape, z)
 
 
-def plan(size: Sequence[int], streams: Tensor, row: int, bits: bool, out: Tensor) -> Launch:
+def plan(size: Sequence[int], streams: Tensor, row: int, bits: bool, out: Tensor) -> list[Launch]:
     operands = {"out": out.view(torch.float32)}
     return tiled(randn_kernel, operands, streams=streams, row=row, BITS=bits)
 

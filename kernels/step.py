@@ -88,7 +88,7 @@ def plan(
     x_next: Tensor,
     h_next: Tensor | None,
     model_input: Tensor | None,
-) -> Launch:
+) -> list[Launch]:
     operands = {"x": x, "m": m, "m_u": m_u, "v": v, "g": g, "h": h, "z": z, "x_next": x_next}
     operands |= {"h_next": h_next, "model_input": None}
     if model_input is not None:

@@ -1,6 +1,7 @@
 """Fixtures that several files use."""
 
 import pytest
+from pretended import pretended_gpu  # noqa: F401
 
 
 @pytest.fixture

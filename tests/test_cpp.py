@@ -104,7 +104,7 @@ def test_a_units_result_is_the_same_bits_on_any_threads_and_in_any_batch(dtype, 
             normal = OPS["group_norm_silu"].call(
                 x.repeat(9, 1, 1, 1)[-batch:], 32, None, None, 1e-5, None, None, True
             )
-            attended = OPS["attention"].call(*[q.repeat(9, 1, 1, 1)[-batch:]] * 3, 0.1)
+            attended = OPS["attention"].call(*[q.repeat(9, 1, 1, 1)[-batch:]] * 3, 0.1, False)[0]
             results.append((normal[-samples:], attended[-samples:]))
     torch.set_num_threads(before)
     for normal, attended in results[1:]:
@@ -154,6 +154,15 @@ def test_rows_and_timesteps_out_of_the_table_are_refused():
     for t in (-1, 7):
         with pytest.raises(ValueError, match=rf"t={t}: must be in \[0, 7\)"):
             OPS["noising"].call(x, torch.tensor([0, t]), torch.ones(7, 4), x, None, 0)
+        with pytest.raises(ValueError, match=rf"t={t}: must be in \[0, 7\)"):
+            OPS["weighted_mse"].call(x, m, torch.ones(7), torch.tensor([0, t]))
+        with pytest.raises(ValueError, match=rf"t={t}: must be in \[0, 7\)"):
+            OPS["weighted_mse_backward"].call(
+                torch.ones(2), x, m, torch.ones(7), torch.tensor([0, t]), False
+            )
+        with pytest.raises(ValueError, match=rf"i={t}: must be in \[0, 7\)"):
+            i = torch.tensor([0, t])
+            OPS["teacher_step"].call(x, m, torch.ones(7, 5), i, None, None, None, 0.0)
 
 
 def test_more_than_three_dimensions_of_unlike_strides_are_refused():

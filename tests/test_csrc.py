@@ -18,4 +18,4 @@ def test_kernels_in_plain_cpp(tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.endswith("0 failures\n")
-    assert "scalar: tested" in run.stdout
+    assert "scalar: tested" in run.stdout and "emulated: tested" in run.stdout

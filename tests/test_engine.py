@@ -14,6 +14,7 @@ from torch import nn
 import fastdiff
 from fastdiff import DDIMSampler, NoiseSchedule, optimize
 from fastdiff.engine import Engine
+from fastdiff.engine.optimize import compiled
 
 
 def relative(a, b):
@@ -282,7 +283,7 @@ def test_bad_use_is_refused_with_advice():
         optimize(model, "float16")
     with pytest.raises(ValueError, match="memory='huge': must be"):
         optimize(model, memory="huge")
-    with pytest.raises(ValueError, match=r"on meta.*model\.cpu\(\)"):
+    with pytest.raises(ValueError, match=r"on meta, must be on the CPU or a GPU.*model\.cpu\(\)"):
         optimize(copy.deepcopy(model).to("meta"))
     fast = optimize(model)
     with pytest.raises(RuntimeError, match="for inference; train the network"):
@@ -337,6 +338,30 @@ def test_what_cannot_be_traced_is_said():
 
     with pytest.raises(RuntimeError, match=r"torch\.export cannot trace Moody"):
         optimize(Moody().eval())(torch.ones(1, 3, 4, 4), torch.tensor([1]))
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["torch.compile", "compile_blocks"])
+def test_what_a_gpu_gets_is_a_compiled_channels_last_copy(monkeypatch, blocks):
+    """`optimize` ends in `compiled` for a model on a GPU; the device changes nothing in it."""
+    model, (x, t, cond) = network("adm"), inputs("adm")
+    done = []
+    if blocks:
+        monkeypatch.setattr(
+            type(model), "compile_blocks", lambda self: done.append(self), raising=False
+        )
+    elif hasattr(model, "compile_blocks"):
+        monkeypatch.delattr(type(model), "compile_blocks")
+    with torch.compiler.set_stance("force_eager"):  # all but the compiler's minute
+        fast = compiled(model, "bfloat16")
+        ours = run(fast, x, t, cond, dtype=torch.bfloat16)
+    assert done == [fast] * blocks and (fast._compiled_call_impl is None) == blocks
+    weight = fast.input_blocks[0][0].weight
+    assert weight.dtype == torch.bfloat16 and weight.stride(1) == 1
+    assert weight.data_ptr() != model.input_blocks[0][0].weight.data_ptr()
+    truth = run(model, x, t, cond)
+    assert relative(ours, truth) < 0.05
+    with pytest.raises(ValueError, match="dtype='float64': must be"):
+        compiled(model, "float64")
 
 
 def test_it_is_in_the_public_api():

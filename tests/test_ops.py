@@ -48,6 +48,7 @@ def test_opcheck(op, case):
 
 @pytest.mark.parametrize("name", list(OPS))
 def test_compiles_as_one_graph(name):
+    torch.compiler.reset()  # the lambda is one function to it, compiled for only so many ops
     op = OPS[name]
     inputs = next(case for case in op.cases() if not case.large).inputs("cpu")
     compiled = torch.compile(lambda *args: op.call(*args), fullgraph=True, backend="aot_eager")
@@ -157,26 +158,75 @@ def test_attention_reads_a_projection_and_its_output_flattens_without_a_copy():
     assert torch.allclose(out, weights @ v, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["conv3x3", "group_norm_silu", "attention", "linear"])
+def attention_operands(dtype=torch.float32):
+    """q of 5 tokens, k and v of 7, and a gradient that is one number everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((2, 3, n, 16) for n in (5, 7, 7))
+    q, k, v = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    return [t.requires_grad_() for t in (q, k, v)], torch.ones(()).to(dtype).expand(2, 3, 5, 16)
+
+
+def test_attention_gradient_is_that_of_its_formula_in_float64():
+    operands, grad = attention_operands(torch.float64)
+    formula = (0.3 * operands[0] @ operands[1].mT).softmax(-1) @ operands[2]
+    theirs = torch.autograd.grad(formula, operands, grad)
+    lse = (0.3 * operands[0] @ operands[1].mT).logsumexp(-1)
+    exact = OPS["attention_backward"].reference(grad, *operands, formula, lse, 0.3)
+    operands, grad = attention_operands()
+    ours = torch.autograd.grad(fastdiff.ops.attention(*operands, 0.3), operands, grad)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert torch.allclose(c, b, rtol=1e-12, atol=1e-14)
+        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1, 2)])
+def test_attention_keeps_what_a_gradient_needs_only_where_one_is_asked_for(needed):
+    operands, grad = attention_operands()
+    whole = torch.autograd.grad(fastdiff.ops.attention(*operands), operands, grad)
+    some = [t.detach().requires_grad_(i in needed) for i, t in enumerate(operands)]
+    out = fastdiff.ops.attention(*some)
+    parts = torch.autograd.grad(out, [some[i] for i in needed], grad)
+    for i, part in zip(needed, parts, strict=True):
+        assert torch.equal(part, whole[i])
+    with torch.no_grad():
+        assert fastdiff.ops.attention(*some).grad_fn is None
+    with pytest.raises(RuntimeError, match="with_lse=False: must be True"):
+        OPS["attention"].call(*some, 0.3, False)
+
+
+def test_attention_compiles_as_one_graph_with_its_gradient():
+    operands, grad = attention_operands()
+    compiled = torch.compile(fastdiff.ops.attention, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*operands), fastdiff.ops.attention(*operands), strict=True):
+        assert torch.equal(a, b)
+    ours = torch.autograd.grad(compiled(*operands), operands, grad)
+    theirs = torch.autograd.grad(fastdiff.ops.attention(*operands), operands, grad)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    torch.library.opcheck(OPS["attention"].call, (*operands, 0.3, True))
+
+
+@pytest.mark.parametrize(
+    "name", ["conv3x3", "group_norm_silu", "attention", "linear", "teacher_step"]
+)
 def test_a_bound_call_is_the_op_on_what_is_there_at_the_time(name):
     op = OPS[name]
     inputs = next(case for case in op.cases() if not case.large).inputs("cpu")
-    out = op.allocate(*inputs)[0]
-    run = op.bind(*inputs, out)
+    outputs = op.allocate(*inputs)
+    run = op.bind(*inputs, *outputs)
     for _ in range(2):
         inputs[0].add_(inputs[0].roll(1, -1))
         run()
-        assert torch.equal(out, op.call(*inputs))
+        assert torch.equal(outputs[0], as_list(op.call(*inputs))[0])
 
 
 def test_ops_without_a_gradient_refuse_to_be_trained_through():
     x = torch.randn(1, 2, 3, 8, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"^q: requires a gradient.*torch\.no_grad"):
-        fastdiff.ops.attention(x, x, x)
-    with pytest.raises(RuntimeError, match=r"^x: requires a gradient"):
-        norm(x)
+    weight = torch.randn(3, 2)
+    with pytest.raises(RuntimeError, match=r"^x: requires a gradient.*torch\.no_grad"):
+        fastdiff.ops.group_norm_linear(x, 2, None, None, 1e-5, weight)
     with torch.no_grad():
-        assert not norm(x).requires_grad
+        assert not fastdiff.ops.group_norm_linear(x, 2, None, None, 1e-5, weight).requires_grad
 
 
 # noise
@@ -270,6 +320,17 @@ def norm(x, groups=1, weight=None, bias=None, eps=1e-5, scale=None, shift=None):
     return fastdiff.ops.group_norm_silu(x, groups, weight, bias, eps, scale, shift)
 
 
+def mse(output=x, target=x, weights=None, t=t):
+    return fastdiff.ops.weighted_mse(
+        output, target, torch.ones(10) if weights is None else weights, t
+    )
+
+
+def teach(z=x, m=x, rows=None, i=None, **given):
+    rows = torch.ones(4, 5) if rows is None else rows
+    return fastdiff.ops.teacher_step(z, m, rows, t // 9 if i is None else i, **given)
+
+
 BAD = {
     "m: has shape": lambda: fastdiff.ops.step(x, x[:1], table, row),
     "m: has dtype": lambda: fastdiff.ops.step(x, x.double(), table, row),
@@ -305,7 +366,7 @@ BAD = {
     "scale: has shape (3,), must be (2, 3)": lambda: norm(x, scale=x[0, :, 0]),
     "shift: is on meta": lambda: norm(x, shift=x[:, :, 0].to("meta")),
     "x: has dtype float64, must be float32 or": lambda: norm(x.double()),
-    "q: has dtype float16": lambda: fastdiff.ops.attention(q.half(), q.half(), q.half()),
+    "q: has dtype float64": lambda: fastdiff.ops.attention(q.double(), q.double(), q.double()),
     "q: has shape (2, 3, 4)": lambda: fastdiff.ops.attention(x, x, x),
     "k: has shape (1, 2, 3, 7), must be (1, 2, keys, 8)": lambda: fastdiff.ops.attention(
         q, q[..., :7], q
@@ -316,6 +377,23 @@ BAD = {
     ),
     "k: has dtype bfloat16": lambda: fastdiff.ops.attention(q, q.bfloat16(), q.bfloat16()),
     "scale=-1": lambda: fastdiff.ops.attention(q, q, q, -1.0),
+    "target: has shape": lambda: mse(target=x[:1]),
+    "target: has dtype float64": lambda: mse(target=x.double()),
+    "output: must be a torch.Tensor": lambda: mse(output=1.0),
+    "weights: has dtype": lambda: mse(weights=torch.ones(10).double()),
+    "weights: has shape (10, 1), must be [T]": lambda: mse(weights=torch.ones(10, 1)),
+    "weights: requires a gradient": lambda: mse(weights=torch.ones(10, requires_grad=True)),
+    "t: has shape (1,), must be (2,)": lambda: mse(t=t[:1]),
+    "t: spans 0 to 9, must be within 0 and 8": lambda: mse(weights=torch.ones(9)),
+    "z: has dtype": lambda: teach(z=x.half()),
+    "m: has shape (1, 3, 4)": lambda: teach(m=x[:1]),
+    "table: has shape (5, 15), must be (rows, 5)": lambda: teach(rows=table),
+    "i: has shape (1,), must be (2,)": lambda: teach(i=t[:1]),
+    "i: spans 0 to 9, must be within 0 and 3": lambda: teach(i=t),
+    "z_t: has dtype": lambda: teach(z_t=x.bfloat16()),
+    "w and m_uncond: one was given": lambda: teach(w=1.0),
+    "m_uncond: has dtype": lambda: teach(w=1.0, m_uncond=x.half()),
+    "w: has shape (3,), must be (2,)": lambda: teach(w=torch.ones(3), m_uncond=x),
     "backend='gpu'": lambda: fastdiff.backend("gpu").__enter__(),
 }
 

@@ -52,7 +52,8 @@ def fresh(tmp_path_factory):
 
 
 def run(*command, cwd, **environment):
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    """What it says. CUDA is left out, which nvcc takes most of a minute for, unless asked for."""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"FASTDIFF_CUDA": "0"}
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=clean | environment, capture_output=True, text=True
     )
@@ -114,3 +115,21 @@ def test_without_a_compiler_the_package_installs_and_runs(tree, fresh, tmp_path)
     pip(fresh, wheel, cwd=tmp_path)
     where, has_kernels = use(fresh, tmp_path, tree)
     assert where.is_relative_to(fresh.parents[1]) and not has_kernels
+
+
+def test_a_broken_nvcc_is_done_without(tree, fresh, tmp_path):
+    fake = tmp_path / "bin" / "nvcc"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho its toolkit is gone >&2\nexit 1\n")
+    fake.chmod(0o755)
+    path = os.pathsep.join([str(fake.parent), os.environ["PATH"]])
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", tmp_path, tree)
+    told = run(*command, cwd=tree, PATH=path, FASTDIFF_CUDA="1")
+    assert told.count("fastdiff: nvcc failed, installing without CUDA kernels") == 1
+    assert "its toolkit is gone" in told
+    (wheel,) = tmp_path.glob("*.whl")
+    pip(fresh, wheel, cwd=tmp_path)
+    where, has_kernels = use(fresh, tmp_path, tree)
+    assert where.is_relative_to(fresh.parents[1]) and has_kernels
+    ask = "from fastdiff.op import missing; print(missing('cuda'))"
+    assert "fastdiff._cuda is not built" in run(fresh, "-c", ask, cwd=tmp_path)

@@ -37,6 +37,50 @@ def test_error_is_at_most_twice_that_of_torch(op, case):
         assert error <= allowed, name
 
 
+NORMS = ("group_norm_silu", "group_norm_silu_backward", "group_norm_linear")
+
+
+@pytest.fixture
+def no_group_fits(monkeypatch):
+    """A program's registers; and little work is divided as much is, with several tiles a chunk."""
+    monkeypatch.setattr("fastdiff.kernels.image.RESIDENT", 0)
+    monkeypatch.setattr("fastdiff.kernels.image.PROGRAMS", 4)
+
+
+@pytest.mark.parametrize("op, case", [p for p in CASES if p.values[0].name in NORMS])
+def test_groups_too_large_for_a_program(op, case, no_group_fits):
+    """Twice torch's error, and a rounding more of the sums, which torch has in double."""
+    errors = errors_of(
+        op, case, lambda op, inputs: run(op.name, inputs), truncates=[torch.bfloat16, torch.float32]
+    )
+    for name, (error, allowed) in errors.items():
+        assert error <= allowed, name
+
+
+@pytest.mark.parametrize("name", ["far", "far-last"])
+@pytest.mark.parametrize("split", [False, True])
+def test_group_norm_far_from_zero_is_precise(name, split, request):
+    """Mean 1000, deviation 0.1: torch's own is off by 0.001, and channels-last by far more."""
+    if split:
+        request.getfixturevalue("no_group_fits")
+    inputs = inputs_of("group_norm_silu", name)
+    (out,) = run("group_norm_silu", inputs)
+    x, *how = (a.double() if isinstance(a, torch.Tensor) else a for a in inputs)
+    (truth,) = OPS["group_norm_silu"].reference(x.contiguous(), *how)
+    assert (out - truth).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("case", ["fp32", "fp32-last", "odd-last"])
+def test_nan_stays_in_its_group(case):
+    x, groups, *how = inputs_of("group_norm_silu", case)
+    x[1, 5, 2, 3] = torch.nan
+    (out,) = run("group_norm_silu", (x, groups, *how))
+    width = x.shape[1] // groups
+    expected = torch.zeros(x.shape, dtype=torch.bool)
+    expected[1, 5 // width * width : (5 // width + 1) * width] = True
+    assert torch.equal(out.isnan(), expected)
+
+
 @triton.jit
 def normals_kernel(r0, r1, z0, z1, BLOCK: tl.constexpr):
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -114,6 +158,22 @@ def test_clamp_passes_nan_on(clip):
     assert run("step", (x, m, table, *rest))[0].isnan().nonzero().tolist() == [[1, 2, 3, 4]]
 
 
+def test_sums_of_large_samples_lose_nothing():
+    output, target = torch.randn(2, 3, 128, 131), torch.randn(2, 3, 128, 131) + 30
+    weights, t = torch.tensor([0.3, 0.7]), torch.tensor([1, 0])
+    losses, _ = run("weighted_mse", (output, target, weights, t))
+    truth = OPS["weighted_mse"].reference(*(x.double() for x in (output, target, weights)), t)[0]
+    assert ((losses - truth) / truth).abs().max() < 1.01 * 2**-24
+
+
+def test_a_timestep_out_of_range_makes_its_loss_nan_and_no_other():
+    output, target, weights, _ = inputs_of("weighted_mse", "fp32")
+    losses, sums = torch.zeros(3), torch.zeros(7, 3)
+    launch("weighted_mse", output, target, weights, torch.tensor([-1, 3, 7]), losses, sums)
+    assert losses.isnan().tolist() == [True, False, True]
+    assert sums[:, 0].tolist() == [0, 0, 0, 1, 0, 0, 0]
+
+
 FAR = 1 << 30  # fits 32 bits; three of it do not
 
 
@@ -137,6 +197,66 @@ def test_offsets_beyond_32_bits(size, strides, monkeypatch):
     assert torch.allclose(out.float(), expected.float(), rtol=2**-7)
 
 
+@pytest.mark.parametrize("far", range(4))
+def test_attention_offsets_beyond_32_bits(far, monkeypatch):
+    """By stride, of a result in each dimension and of keys that are read from it."""
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: 0)
+    size, strides = [2, 2, 3, 8], [48, 24, 8, 1]
+    size[far], strides[far] = 4, FAR
+    out = torch.empty(3 * FAR + 1000, dtype=torch.bfloat16).as_strided(size, strides)
+    q, k, v = (torch.randn(size).bfloat16() for _ in range(3))
+    launch("attention", q, k, v, 0.3, False, out, None)
+    expected = OPS["attention"].reference(q, k, v, 0.3, False)[0]
+    assert torch.allclose(out.float(), expected.float(), atol=2**-6)
+    near, _ = run("attention", (q, out.contiguous(), v, 0.3, False))
+    assert torch.equal(run("attention", (q, out, v, 0.3, False))[0], near)
+
+
+def test_attention_and_its_gradient_through_the_dispatcher():
+    """Cross attention; and of one key, where the gradient of q and k is 0."""
+    for keys in (21, 1):
+        q, k, v = (torch.randn(1, 2, n, 24, requires_grad=True) for n in (9, keys, keys))
+        results = {}
+        for name in ("triton", "reference"):
+            with fastdiff.backend(name):
+                out = fastdiff.ops.attention(q, k, v)
+                results[name] = [out, *torch.autograd.grad(out.sin().sum(), (q, k, v))]
+        for a, b in zip(results["triton"], results["reference"], strict=True):
+            assert torch.allclose(a, b, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "size, strides",
+    [
+        ((4, 2, 15), (FAR, 16, 1)),
+        ((1, 4, 15), (0, FAR, 1)),
+        ((1, 2, 4), (0, 1, FAR)),
+    ],
+)
+@pytest.mark.parametrize("split", [False, True])
+def test_group_norms_beyond_32_bits(size, strides, split, monkeypatch, request):
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: 0)
+    if split:
+        request.getfixturevalue("no_group_fits")
+    x, out, grad, grad_x = (
+        torch.empty(3 * FAR + 1000, dtype=torch.bfloat16).as_strided(size, strides)
+        for _ in range(4)
+    )
+    x.copy_(torch.randn(size))
+    grad.copy_(torch.randn(size))
+    how = (2, None, None, 1e-5, None, None, True)
+    launch("group_norm_silu", x, *how, out)
+    assert torch.allclose(out, OPS["group_norm_silu"].reference(x, *how)[0], atol=0.02)
+    launch("group_norm_silu_backward", grad, x, *how, False, grad_x, *[None] * 4)
+    expected = OPS["group_norm_silu_backward"].reference(grad, x, *how, False)[0]
+    assert torch.allclose(grad_x, expected, atol=0.02)
+    layer = (2, None, None, 1e-5, torch.eye(size[1]).bfloat16(), None)
+    tokens = torch.empty(size[0], size[2], size[1], dtype=torch.bfloat16)
+    launch("group_norm_linear", x, *layer, tokens)
+    expected = OPS["group_norm_linear"].reference(x, *layer)[0]
+    assert torch.allclose(tokens, expected, atol=0.02)
+
+
 def test_noising_and_its_gradient_through_the_dispatcher():
     schedule = fastdiff.NoiseSchedule.cosine(50)
     x0 = torch.randn(2, 3, 4, requires_grad=True)
@@ -149,6 +269,17 @@ def test_noising_and_its_gradient_through_the_dispatcher():
         results[name] = [*outputs, grad]
     for a, b in zip(results["triton"], results["reference"], strict=True):
         assert torch.allclose(a, b, atol=2e-6)
+
+
+def test_training_through_group_norm_is_the_references():
+    x, weight, scale = (torch.randn(*n, requires_grad=True) for n in ((2, 8, 3, 5), (8,), (2, 8)))
+    results = {}
+    for name in ("triton", "reference"):
+        with fastdiff.backend(name):
+            out = fastdiff.ops.group_norm_silu(x, 4, weight, None, 1e-5, scale)
+            results[name] = out, *torch.autograd.grad(out.square().sum(), (x, weight, scale))
+    for a, b in zip(results["triton"], results["reference"], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_sampling_is_the_references():

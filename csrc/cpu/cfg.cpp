@@ -2,7 +2,7 @@
 
 #include "kernels.h"
 #include "run.h"
-#include "simplify.h"
+#include "../simplify.h"
 
 namespace fd {
 namespace FD_ISA {

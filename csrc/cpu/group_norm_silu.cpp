@@ -65,11 +65,8 @@ struct Totals {
       moments_of(part, shift, part_sums, part_squares);
       const double count = static_cast<double>(part.count);
 #pragma omp simd
-      for (int64_t c = 0; c < x.width; ++c) {
-        const double from = shift[c], sum = part_sums[c], whole = count * from;
-        sums[c] += sum + whole;
-        squares[c] += part_squares[c] + from * (sum + sum + whole);
-      }
+      for (int64_t c = 0; c < x.width; ++c)
+        add_shifted(sums[c], squares[c], count, shift[c], part_sums[c], part_squares[c]);
     }
   }
 

@@ -10,7 +10,8 @@ namespace {
 // In the order of Kernels.
 #define FD_ALL(isa)                                                                          \
   isa::step, isa::noising, isa::cfg, isa::randn, isa::conv3x3_runs, isa::conv3x3, \
-      isa::group_norm_silu, isa::attention_runs, isa::attention, isa::linear_runs, isa::linear
+      isa::group_norm_silu, isa::attention_runs, isa::attention, isa::linear_runs, isa::linear, \
+      isa::weighted_mse, isa::weighted_mse_backward, isa::teacher_step
 
 // Best first. Each asks for what ninja_build.py compiles it with.
 constexpr Kernels kAll[] = {

@@ -9,6 +9,8 @@
 #include "../noising.h"
 #include "../randn.h"
 #include "../step.h"
+#include "../teacher_step.h"
+#include "../weighted_mse.h"
 
 namespace fd {
 
@@ -26,6 +28,9 @@ struct Kernels {
   void (*attention)(Attention);
   bool (*linear_runs)(DType);
   void (*linear)(Linear);
+  void (*weighted_mse)(WeightedMse);
+  void (*weighted_mse_backward)(WeightedMseBackward);
+  void (*teacher_step)(TeacherStep);
 };
 
 // The best for this machine, or the named one. invalid_argument for a name that is unknown or that
@@ -46,6 +51,9 @@ const Kernels& kernels(const char* isa);
   void attention(Attention); \
   bool linear_runs(DType); \
   void linear(Linear); \
+  void weighted_mse(WeightedMse); \
+  void weighted_mse_backward(WeightedMseBackward); \
+  void teacher_step(TeacherStep); \
   }
 FD_DECLARE(scalar)
 FD_DECLARE(avx2)

@@ -20,14 +20,6 @@ struct alignas(64) Buffer {
   float at[kRunNoise];
 };
 
-// Whether the elements of a sample are adjacent.
-inline bool is_dense(const Operand& o, const Size& size) {
-  int64_t step = 1;
-  for (int d = 3; d > 0; step *= size.of[d--])
-    if (size.of[d] != 1 && o.stride[d] != step) return false;
-  return true;
-}
-
 // Calls body(offset, first, count, stride) for each part of the run that has one stride.
 template <class Body>
 FD_HOST_DEVICE void for_parts(const Operand& o, const Size& size, const Run& run, Body body) {

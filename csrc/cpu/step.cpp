@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 #include "run.h"
-#include "simplify.h"
+#include "../simplify.h"
 
 namespace fd {
 namespace FD_ISA {
@@ -48,7 +48,7 @@ void write_input(const Step& op, int64_t copy_stride, const Run& run, float c_in
   Operand to = op.model_input;
   for (int64_t copy = 0; copy < op.copies; ++copy) {
     write(to, op.size, run, scaled.at);
-    to.data = static_cast<char*>(to.data) + copy_stride * (to.dtype == DType::f32 ? 4 : 2);
+    to.data = static_cast<char*>(to.data) + copy_stride * bytes_of(to.dtype);
   }
 }
 

@@ -22,11 +22,15 @@ int main() {
       test_group_norm_silu(kernels);
       test_attention(kernels);
       test_linear(kernels);
+      test_weighted_mse(kernels);
+      test_weighted_mse_of_nothing(kernels);
+      test_teacher_step(kernels);
       std::printf("%s: tested\n", isa);
     } catch (const std::invalid_argument& error) {
       std::printf("%s: not tested: %s\n", isa, error.what());
     }
   }
+  test_emulated();
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

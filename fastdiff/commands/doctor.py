@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 import torch
 
+from .. import gpu
 from ..checkpoint import ASSETS
-from ..op import missing
+from ..op import BACKENDS, missing
 from ..ops import OPS, conv3x3_available
 from ..ops.layout import _C
 from ..verify import fault
+
+GPU_BACKENDS = {"triton": "Triton", "cuda": "CUDA"}
 
 
 class Finding(NamedTuple):
@@ -53,12 +56,14 @@ def _cpp() -> Iterator[Finding]:
         yield Finding("--", "  a C++ compiler (apt install g++), then install fastdiff again")
         return
     yield Finding("ok", f"C++ kernels for {_C.isa()}")
-    for op in OPS.values():
+    ops = [op for op in OPS.values() if op.cpp or op.described]
+    for op in ops:
         for case in op.cases():
             if not case.large and (wrong := fault(op, case)):
                 yield Finding("!!", f"C++ kernel {op.name} is wrong, please report it: {wrong}")
                 return
-    yield Finding("ok", f"C++ kernels agree with the reference: {', '.join(OPS)}")
+    names = ", ".join(op.name for op in ops)
+    yield Finding("ok", f"C++ kernels agree with the reference: {names}")
 
 
 def _engine() -> Iterator[Finding]:
@@ -85,16 +90,51 @@ def _openmp() -> Iterator[Finding]:
 
 
 def _gpu() -> Iterator[Finding]:
-    if reason := missing("triton"):
-        yield Finding("--", f"no Triton: {reason}; only GPUs need it (pip install triton)")
+    if reason := gpu.why_none():
+        yield Finding("--", f"no GPU that torch can use: {reason}; everything runs on the CPU")
+    for device in gpu.found():
+        yield Finding("ok", f"GPU {device.index}: {device}")
+        yield _memory(device)
+    if not reason:
+        yield Finding("ok", f"GPU driver {gpu.driver() or 'unknown'}, torch with {gpu.runtime()}")
+    for name in (b for b in BACKENDS if b in GPU_BACKENDS):
+        # without a GPU, what is built cannot run, and lacks nothing else
+        built = bool(reason) and name == "cuda" and importlib.util.find_spec("fastdiff._cuda")
+        if not built and (lacking := missing(name)):
+            cost = "only GPUs need them" if reason else "GPUs do without, slower"
+            yield Finding("--", f"no {GPU_BACKENDS[name]} kernels: {lacking}; {cost}")
+        else:
+            yield Finding("ok", f"{GPU_BACKENDS[name]} kernels are installed, for GPUs")
+    if not reason:
+        yield from _ops_on_gpus()
+
+
+def _memory(device: gpu.Gpu) -> Finding:
+    """The bandwidth of a copy, which shows whether torch's kernels run there at all."""
+    try:
+        reached = gpu.copy_bandwidth(f"cuda:{device.index}")
+    except torch.OutOfMemoryError:
+        return Finding("--", "  too little of its memory is free to measure its bandwidth")
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        return Finding("!!", f"  torch cannot use it ({said}); the CPU works: device='cpu'")
+    text = f"  a copy reaches {reached / 1e9:.0f} GB/s"
+    if device.bandwidth is None:
+        return Finding("ok", text)
+    share = reached / device.bandwidth
+    return Finding("ok", f"{text}, {share:.0%} of its memory's {device.bandwidth / 1e9:.0f}")
+
+
+def _ops_on_gpus() -> Iterator[Finding]:
+    by_backend: dict[str, list[str]] = {}
+    for op in OPS.values():
+        by_backend.setdefault(op.backend("cuda"), []).append(op.name)
+    for name, ops in by_backend.items():
+        yield Finding("ok", f"ops on GPUs by {name}: {', '.join(ops)}")
+    if by_backend.keys() != {"reference"}:
+        yield Finding("--", "GPU kernels are not checked here: `make gpu-check` does")
     else:
-        yield Finding("ok", f"triton {version('triton')}")
-    if torch.cuda.is_available():
-        yield Finding("ok", f"GPU: {torch.cuda.get_device_name()}")
-    else:
-        yield Finding("--", "no GPU that torch can use: everything runs on the CPU")
-    if not shutil.which("nvcc"):
-        yield Finding("--", "no nvcc: CUDA sources are not built; Triton serves GPUs without them")
+        yield Finding("--", "  plain torch, several times slower on a GPU; pip install triton")
 
 
 def _models() -> Iterator[Finding]:

@@ -148,7 +148,7 @@ def _norm(site: Site) -> Call:
 
 def _attention(site: Site) -> Call:
     q, k, v = (site.values[node] for node in site.node.args)
-    return ops.OPS["attention"].bind(q, k, v, q.shape[-1] ** -0.5, site.out)
+    return ops.OPS["attention"].bind(q, k, v, q.shape[-1] ** -0.5, False, site.out, None)
 
 
 def _torch(site: Site) -> Call:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from .config import UNetConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -61,7 +63,29 @@ class Downsample(nn.Module):
         return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
-class ResBlock(nn.Module):
+class Block(nn.Module):
+    """A block that runs in plain torch, or, once `compile_fused` was called, on our ops.
+
+    The two are equal to rounding and have the same gradients.
+    """
+
+    fused = False
+
+    def compile_fused(self, **options: Any) -> None:
+        """Compile the block as one graph around our ops; options are those of torch.compile."""
+        self.fused = True
+        # each block has a cache of its own: a network's blocks have more sizes than one holds
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            options = {"isolate_recompiles": True, **options}
+        self.compile(fullgraph=True, **options)
+
+
+def norm_silu(norm: Any, x: Tensor, **how: Any) -> Tensor:
+    """The norm, AdaGN's scale and shift if given, and SiLU, as one op."""
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **how)
+
+
+class ResBlock(Block):
     """Two convolutions and a skip, told the time and class by `emb`.
 
     AdaGN: h = GN(h) (1 + scale) + shift; otherwise h = GN(h + emb). A block that resamples does
@@ -100,21 +124,26 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, act, conv = self.in_layers
-        h = conv(self._resampled(act(norm(x))))
+        h = conv(self._resampled(norm_silu(norm, x) if self.fused else act(norm(x))))
         x = self.skip_connection(self._resampled(x))
-        shift = self.emb_layers(emb)[:, :, None, None]
-        norm, *rest = self.out_layers
-        if self.scale_shift:
-            scale, shift = shift.chunk(2, dim=1)
-            h = torch.addcmul(shift, norm(h), 1 + scale)
-        else:
-            h = norm(h + shift)
-        for layer in rest:
-            h = layer(h)
+        h = self._modulated(h, self.emb_layers(emb))
+        _, _, dropout, conv = self.out_layers
+        h = conv(dropout(h))
         return x + h if self.gain is None else (x + h) * self.gain
 
+    def _modulated(self, h: Tensor, emb: Tensor) -> Tensor:
+        norm, act = self.out_layers[0], self.out_layers[1]
+        if not self.scale_shift:
+            h = h + emb[:, :, None, None]
+            return norm_silu(norm, h) if self.fused else act(norm(h))
+        scale, shift = emb.chunk(2, dim=1)
+        if self.fused:
+            return norm_silu(norm, h, scale=scale, shift=shift)
+        scale, shift = scale[:, :, None, None], shift[:, :, None, None]
+        return act(torch.addcmul(shift, norm(h), 1 + scale))
 
-class AttentionBlock(nn.Module):
+
+class AttentionBlock(Block):
     """Self-attention over the pixels: x + proj(softmax(q k' / sqrt(ch)) v), ch channels a head.
 
     The fused kernel scales q and k by ch^(-1/4) each, or does what is equal to it, and takes
@@ -132,15 +161,24 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels, height, width = x.shape[1:]
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
-        qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)
+        qkv = self._projected(x)
         order = (self.heads, 3) if self.legacy else (3, self.heads)
         qkv = qkv.unflatten(2, (*order, channels // self.heads))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3 if self.legacy else 2))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = F.linear(h, self.proj_out.weight[:, :, 0], self.proj_out.bias)
+        attend = ops.attention if self.fused else F.scaled_dot_product_attention
+        h = attend(q, k, v).transpose(1, 2).flatten(2)
+        h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
         h = h.transpose(1, 2).unflatten(2, (height, width))
         return x + h if self.gain is None else (x + h) * self.gain
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """The normalised pixels through qkv, [B, H W, 3 C]."""
+        norm, weight, bias = self.norm, self.qkv.weight.squeeze(2), self.qkv.bias
+        if self.fused and x.is_cuda and not torch.is_grad_enabled():
+            how = norm.num_groups, norm.weight, norm.bias, norm.eps
+            return ops.group_norm_linear(x, *how, weight, bias)
+        y = norm_silu(norm, x, silu=False) if self.fused else norm(x)
+        return F.linear(y.flatten(2).transpose(1, 2), weight, bias)
 
 
 class Stage(nn.Sequential):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import (
     AttentionBlock,
+    Block,
     Downsample,
     ResBlock,
     Stage,
@@ -94,6 +95,25 @@ class UNet(nn.Module):
             nn.SiLU(),
             zeroed(nn.Conv2d(first, config.out_channels, 3, padding=1)),
         )
+
+    def compile_blocks(self, **options: Any) -> UNet:
+        """Compile each residual and attention block, in place, as one graph around our ops.
+
+        For GPUs: attention, and GroupNorm with AdaGN and SiLU, become single kernels, without
+        gradients the attention's norm a part of its qkv projection, and torch.compile fuses the
+        rest. Results are equal to rounding; parameters and state dict stay. The first call with a
+        shape compiles for it. On the CPU `fastdiff.optimize` is faster.
+
+        Args:
+            options: those of torch.compile, as mode="max-autotune-no-cudagraphs".
+
+        Returns:
+            The network itself.
+        """
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.compile_fused(**options)
+        return self
 
     def _stage(self, channels: int, out_channels: int, level: int) -> Stage:
         stage = Stage(ResBlock(channels, out_channels, self.config))

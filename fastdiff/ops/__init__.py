@@ -1,18 +1,25 @@
 """The ops, one file each; adding one is a file and a line here."""
 
 from . import attention as _attention
+from . import attention_backward as _attention_backward
 from . import cfg as _cfg
 from . import conv3x3 as _conv3x3
+from . import group_norm_linear as _group_norm_linear
 from . import group_norm_silu as _group_norm_silu
+from . import group_norm_silu_backward as _group_norm_silu_backward
 from . import linear as _linear
 from . import noising as _noising
 from . import randn as _randn
 from . import step as _step
+from . import teacher_step as _teacher_step
+from . import weighted_mse as _weighted_mse
+from . import weighted_mse_backward as _weighted_mse_backward
 from .attention import attention
 from .cfg import cfg
 from .conv3x3 import available as conv3x3_available
 from .conv3x3 import conv3x3
 from .conv3x3 import pack as pack_conv3x3
+from .group_norm_linear import group_norm_linear
 from .group_norm_silu import group_norm_silu
 from .linear import available as linear_available
 from .linear import linear
@@ -20,12 +27,15 @@ from .linear import pack as pack_linear
 from .noising import noising
 from .randn import randbits, randn, streams_of
 from .step import step
+from .teacher_step import teacher_step
+from .weighted_mse import weighted_mse
 
 OPS = {
     module.OP.name: module.OP.register()
     for module in (
-        *(_step, _noising, _cfg, _randn),
-        *(_conv3x3, _linear, _group_norm_silu, _attention),
+        *(_step, _noising, _cfg, _randn, _conv3x3, _linear),
+        *(_group_norm_silu, _group_norm_silu_backward, _group_norm_linear),
+        *(_attention, _attention_backward, _weighted_mse, _weighted_mse_backward, _teacher_step),
     )
 }
 
@@ -35,6 +45,7 @@ __all__ = [
     "cfg",
     "conv3x3",
     "conv3x3_available",
+    "group_norm_linear",
     "group_norm_silu",
     "linear",
     "linear_available",
@@ -45,4 +56,6 @@ __all__ = [
     "randn",
     "step",
     "streams_of",
+    "teacher_step",
+    "weighted_mse",
 ]

@@ -1,8 +1,9 @@
 """Scaled dot-product attention at the sizes of a U-Net, in memory that grows with the tokens alone.
 
     out = softmax(scale q k') v           for each sample and head (Vaswani et al. 2017, eq. 1)
+    lse = log sum exp(scale q k')         over the keys; all that a gradient needs of the softmax
 
-The softmax is taken in float32, block by block of keys (Dao et al. 2022). In bfloat16 its weights
+The softmax is taken in float32, block by block of keys (Dao et al. 2022). In 16 bits its weights
 are rounded once, before their products with v are summed in float32, as torch's own kernel does.
 """
 
@@ -18,24 +19,55 @@ from .. import errors
 from ..op import Case, Op
 from .layout import _C, DTYPES, element_bytes
 
-DTYPES_TAKEN = (torch.float32, torch.bfloat16)
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if not with_lse:
+        return out, None
+    compute = torch.promote_types(q.dtype, torch.float32)
+    return out, (scale * (q.to(compute) @ k.to(compute).mT)).logsumexp(-1)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor]:
-    return (F.scaled_dot_product_attention(q, k, v, scale=scale),)
+def token_major(like: Tensor) -> Tensor:
+    """An uninitialised [N, heads, tokens, size], stored as [N, tokens, heads, size]."""
+    batch, heads, tokens, size = like.shape
+    return like.new_empty(batch, tokens, heads, size).transpose(1, 2)
 
 
-def _allocate(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor]:
-    batch, heads, tokens, size = q.shape
-    return (q.new_empty(batch, tokens, heads, size).transpose(1, 2),)
+def _allocate(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if with_lse else None
+    return token_major(q), lse
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *qkv, ctx.scale, with_lse = inputs
+    if not with_lse:
+        raise RuntimeError("with_lse=False: must be True where a gradient is asked for")
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*qkv, *output)
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    grad_qkv = torch.ops.fastdiff.attention_backward(grads[0], *ctx.saved_tensors, ctx.scale)
+    return *grad_qkv, None, None
 
 
 def _described(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    with_lse: bool,
+    out: Tensor,
+    lse: Tensor | None,
 ) -> tuple[Any, ...] | None:
     batch, heads, queries, size = q.shape
     keys = k.shape[2]
-    if size > 512 or size % 8 or not keys or not _C.attention_runs(DTYPES[q.dtype]):
+    if with_lse or size > 512 or size % 8 or not keys or not _C.attention_runs(DTYPES[q.dtype]):
         return None
     if any(t.stride(3) != 1 for t in (q, k, v, out)):
         return None
@@ -55,8 +87,9 @@ def _cases() -> list[Case]:
         gain: float = 1.0,
         large: bool = False,
         layout: str = "packed",
+        lse: bool = False,
     ) -> Case:
-        def inputs(device: str) -> tuple[Tensor, Tensor, Tensor, float]:
+        def inputs(device: str) -> tuple[Tensor, Tensor, Tensor, float, bool]:
             generator = torch.Generator().manual_seed(0)
             if keys is None:  # q, k and v side by side, as one projection gives them
                 qkv = torch.randn(batch, tokens, 3, heads, size, generator=generator)
@@ -69,20 +102,24 @@ def _cases() -> list[Case]:
                 q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             if layout == "columns":
                 q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
-            return gain * q, k, v, size**-0.5
+            return gain * q, k, v, size**-0.5, lse
 
         return Case(name, inputs, large)
 
-    bf16 = torch.bfloat16
+    bf16, fp16 = torch.bfloat16, torch.float16
     return [
         case("fp32", 2, 2, 64, 64),
         case("bf16", 2, 2, 64, 64, dtype=bf16),
+        case("fp16", 1, 2, 65, 64, dtype=fp16),
+        case("lse", 2, 2, 65, 40, keys=77, lse=True),
+        case("lse-bf16", 1, 2, 63, 64, dtype=bf16, lse=True),
         case("size-40", 1, 3, 77, 40),
         case("size-40-bf16", 1, 3, 77, 40, dtype=bf16),
         case("size-80", 1, 2, 33, 80, dtype=bf16),
         case("size-160", 1, 2, 33, 160, dtype=bf16),
-        case("size-256", 1, 1, 301, 256),
+        case("size-256", 1, 1, 63, 256),
         case("size-256-bf16", 1, 1, 301, 256, dtype=bf16),
+        case("size-200", 1, 1, 40, 200, keys=50),
         case("size-512", 1, 1, 40, 512, dtype=bf16),
         case("size-8", 2, 1, 9, 8),
         case("size-6", 1, 2, 9, 6),  # torch's, since it is no multiple of 8
@@ -104,26 +141,30 @@ def _cases() -> list[Case]:
 
 OP = Op(
     name="attention",
-    inputs="Tensor q, Tensor k, Tensor v, float scale",
-    outputs=("out",),
+    inputs="Tensor q, Tensor k, Tensor v, float scale, bool with_lse",
+    outputs=("out", "lse?"),
     reference=reference,
     allocate=_allocate,
     described=_described,
     cases=_cases,
-    moved=lambda q, k, v, scale: element_bytes(q, k, v, q),
+    flops=lambda q, k, v, scale, with_lse: 4 * q.numel() * k.shape[2],
+    moved=lambda q, k, v, scale, with_lse: (
+        element_bytes(q, k, v, q) + with_lse * 4 * q.shape[:3].numel()
+    ),
+    backward=(_setup, _backward),
 )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(scale q k') v, for each sample and head, without a mask.
 
-    For inference: it is not differentiable, and raises where a gradient would be asked for.
-    Head sizes that are a multiple of 8, up to 512, are ours on the CPU where it has AVX-512 (for
-    bfloat16 its dot product too); others are left to torch.
+    Differentiable once, with respect to q, k and v. On a GPU heads of any size are ours; on the
+    CPU those of a multiple of 8, up to 512, in float32 and bfloat16, where it has AVX-512 (for
+    bfloat16 its dot product too) and no gradient is needed. The rest is left to torch.
 
     Args:
-        q: [N, heads, tokens, size], float32 or bfloat16, of any strides: views of a projection
-            [N, tokens, 3, heads, size] are read as they lie.
+        q: [N, heads, tokens, size], float32, bfloat16 or float16, of any strides: views of
+            a projection [N, tokens, 3, heads, size] are read as they lie.
         k, v: [N, heads, keys, size], of q's dtype; the number of keys may differ from the tokens.
         scale: above 0; size^(-1/2) if None.
 
@@ -133,10 +174,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or number; the message says which.
-        RuntimeError: a tensor requires a gradient, and gradients are on.
     """
     errors.is_tensor("q", q)
-    errors.has_dtype("q", q, DTYPES_TAKEN)
+    errors.has_dtype("q", q, errors.MODEL_DTYPES)
     if q.dim() != 4:
         raise ValueError(f"q: has shape {tuple(q.shape)}, must be [N, heads, tokens, size]")
     errors.is_tensor("k", k)
@@ -153,5 +193,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         scale = size**-0.5
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale={scale}: must be above 0 and finite")
-    errors.no_gradient(q=q, k=k, v=v)
-    return OP.call(q, k, v, scale)
+    with_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return OP.call(q, k, v, scale, with_lse)[0]

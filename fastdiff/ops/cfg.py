@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
-from .layout import _C, describe, element_bytes, rows
+from .layout import describe, element_bytes, rows
 
 
 def reference(m_cond: Tensor, m_uncond: Tensor, weights: Tensor | None, w: float) -> tuple[Tensor]:
@@ -23,9 +23,11 @@ def _allocate(m_cond: Tensor, m_uncond: Tensor, weights: Any, w: float) -> tuple
     return (torch.empty_like(m_cond),)
 
 
-def _cpp(m_cond: Tensor, m_uncond: Tensor, weights: Tensor | None, w: float, out: Tensor) -> None:
+def _described(
+    m_cond: Tensor, m_uncond: Tensor, weights: Tensor | None, w: float, out: Tensor
+) -> tuple[Any, ...]:
     pointer = 0 if weights is None else weights.data_ptr()
-    _C.cfg(pointer, w, *describe(m_cond, m_uncond, out))
+    return pointer, w, *describe(m_cond, m_uncond, out)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -75,7 +77,7 @@ OP = Op(
     outputs=("out",),
     reference=reference,
     allocate=_allocate,
-    cpp=_cpp,
+    described=_described,
     cases=_cases,
     moved=lambda m_cond, m_uncond, *_: element_bytes(m_cond, m_uncond, m_cond),
     backward=(_setup, _backward),
@@ -96,10 +98,5 @@ def cfg(m_cond: Tensor, m_uncond: Tensor, w: float | Tensor) -> Tensor:
     errors.has_dtype("m_uncond", m_uncond, (m_cond.dtype,))
     if not isinstance(w, Tensor):
         return OP.call(m_cond, m_uncond, None, float(w))
-    errors.has_dtype("w", w, (torch.float32,))
-    errors.on_device("w", w, "m_cond", m_cond)
-    if w.shape != m_cond.shape[:1]:
-        raise ValueError(
-            f"w: has shape {tuple(w.shape)}, must be a float or have shape ({len(m_cond)},)"
-        )
+    errors.per_sample("w", w, torch.float32, "m_cond", m_cond)
     return OP.call(m_cond, m_uncond, w.contiguous(), 0.0)

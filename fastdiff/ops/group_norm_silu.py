@@ -47,7 +47,7 @@ def _allocate(x: Tensor, *_: Any) -> tuple[Tensor]:
     return (torch.empty_like(x),)
 
 
-def _strides(x: Tensor) -> tuple[int, int, int, int] | None:
+def strides_of(x: Tensor) -> tuple[int, int, int, int] | None:
     """(sample, channel, pixel, 0), or None where the pixels are not at one stride."""
     sample, channel, *spatial = x.stride()
     pixel, pixels = 1, 1
@@ -73,7 +73,7 @@ def _described(
     silu: bool,
     out: Tensor,
 ) -> tuple[Any, ...] | None:
-    here, there = _strides(x), _strides(out)
+    here, there = strides_of(x), strides_of(out)
     if not here or not there or not any(here[d] == there[d] == 1 for d in (1, 2)):
         return None
     parameters = (
@@ -93,9 +93,44 @@ def _described(
 def _by_copy(x: Tensor, *args: Any) -> None:
     """For layouts that no network has: brought to one that the kernel walks."""
     *how, out = args
-    to = torch.empty(x.shape, dtype=x.dtype)
-    OP.launcher("cpu")(x.contiguous(), *how, to)
+    to = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    OP.launcher(x.device.type)(x.contiguous(), *how, to)
     out.copy_(to)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.groups, weight, bias, ctx.eps, scale, shift, ctx.silu = inputs
+    ctx.save_for_backward(x, weight, bias, scale, shift)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "group_norm_silu: has no second derivative, which create_graph=True asks for; use "
+            "torch's own functions"
+        )
+    x, *given = ctx.saved_tensors
+    weight, bias, scale, shift = given
+    places = (2, 3, 5, 6)  # of weight, bias, scale and shift among the inputs
+    parameters = any(ctx.needs_input_grad[i] for i in places)
+    call = torch.ops.fastdiff.group_norm_silu_backward.default
+    grad_x, *rest = call(
+        *(grad, x, ctx.groups, weight, bias, ctx.eps, scale, shift, ctx.silu, parameters)
+    )
+    gradients: list[Tensor | None] = [grad_x, *[None] * 7]
+    if parameters:
+        there = [i for i, t in zip(places, given, strict=True) if t is not None]
+        for i, gradient in zip(there, rest, strict=True):
+            gradients[i] = gradient
+    return tuple(gradients)
+
+
+_PARTS = 64  # kParts of csrc/cuda/kernels.h
+
+
+def _scratch(x: Tensor, groups: int, *_: Any) -> Tensor:
+    """The sum and the sum of squares of the parts of each group."""
+    return x.new_empty((len(x), groups, _PARTS, 2), dtype=torch.float64)
 
 
 def _cases() -> list[Case]:
@@ -149,9 +184,12 @@ def _cases() -> list[Case]:
         case("one-group", 2, 10, 5, 5, groups=1, channels_last=True),
         case("one-sample", 1, 256, 16, 16, groups=32, channels_last=True),
         case("wide", 1, 2100, 2, 2, groups=3, channels_last=True),
+        case("chunks", 1, 3, 37, 61, groups=1, mean=3.0, channels_last=True),
         case("empty", 0, 8, 4, 4, groups=2),
         case("large", 16, 128, 32, 32, groups=32, dtype=bf16, channels_last=True, large=True),
         case("large-deep", 16, 256, 16, 16, groups=32, dtype=bf16, channels_last=True, large=True),
+        case("large-image", 1, 320, 64, 64, groups=32, dtype=bf16, channels_last=True, large=True),
+        case("large-planes", 16, 128, 32, 32, groups=32, dtype=bf16, large=True),
     ]
 
 
@@ -162,12 +200,14 @@ OP = Op(
     outputs=("out",),
     reference=reference,
     allocate=_allocate,
-    cpp=_by_copy,
     described=_described,
+    otherwise=_by_copy,
+    scratch=_scratch,
     cases=_cases,
     moved=lambda x, groups, weight, bias, eps, scale, shift, silu: element_bytes(
         x, weight, bias, scale, shift, x
     ),
+    backward=(_setup, _backward),
 )
 
 
@@ -183,7 +223,7 @@ def group_norm_silu(
 ) -> Tensor:
     """Normalise each group of channels, apply an affine map, AdaGN's if given, then SiLU.
 
-    For inference: it is not differentiable, and raises where a gradient would be asked for.
+    Differentiable, once, in x and all four parameters (`ops/group_norm_silu_backward.py`).
 
     Args:
         x: [N, C, ...], float32, bfloat16 or float16; channels-last and contiguous layouts, also
@@ -196,26 +236,33 @@ def group_norm_silu(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or number; the message says which.
-        RuntimeError: a tensor requires a gradient, and gradients are on.
     """
+    check_norm(x, groups, eps, weight=weight, bias=bias)
+    for name, value in {"scale": scale, "shift": shift}.items():
+        if value is not None:
+            check_parameter(name, value, x, x.shape[:2])
+    return OP.call(x, groups, weight, bias, eps, scale, shift, silu)
+
+
+def check_norm(x: Tensor, groups: int, eps: float, **of_channels: Tensor | None) -> None:
+    """Raise unless a group norm takes these; `of_channels` are its parameters of shape [C]."""
     errors.is_tensor("x", x)
     errors.has_dtype("x", x, errors.MODEL_DTYPES)
     if x.dim() < 2:
         raise ValueError(f"x: has shape {tuple(x.shape)}, must be [N, C, ...]")
-    samples, channels = x.shape[:2]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"groups={groups}: must divide x's {channels} channels")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups={groups}: must divide x's {x.shape[1]} channels")
     if not eps > 0:
         raise ValueError(f"eps={eps}: must be above 0")
-    given = {"weight": weight, "bias": bias, "scale": scale, "shift": shift}
-    for name, value in given.items():
-        takes = (channels,) if name in ("weight", "bias") else (samples, channels)
-        if value is None:
-            continue
-        errors.is_tensor(name, value)
-        errors.has_dtype(name, value, tuple(dict.fromkeys((torch.float32, x.dtype))))
-        errors.on_device(name, value, "x", x)
-        if value.shape != takes:
-            raise ValueError(f"{name}: has shape {tuple(value.shape)}, must be {takes}")
-    errors.no_gradient(x=x, **given)
-    return OP.call(x, groups, weight, bias, eps, scale, shift, silu)
+    for name, value in of_channels.items():
+        if value is not None:
+            check_parameter(name, value, x, x.shape[1:2])
+
+
+def check_parameter(name: str, value: Tensor, x: Tensor, shape: torch.Size) -> None:
+    """Raise unless `value` has this shape, x's device, and its dtype or float32."""
+    errors.is_tensor(name, value)
+    errors.has_dtype(name, value, tuple(dict.fromkeys((torch.float32, x.dtype))))
+    errors.on_device(name, value, "x", x)
+    if value.shape != shape:
+        raise ValueError(f"{name}: has shape {tuple(value.shape)}, must be {tuple(shape)}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
-from .layout import _C, describe, element_bytes, rows
+from .layout import describe, element_bytes, rows
 from .randn import reference as randn_reference
 from .randn import streams_of
 
@@ -44,7 +44,7 @@ def _allocate(x0: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x0), torch.empty_like(x0)
 
 
-def _cpp(
+def _described(
     x0: Tensor,
     t: Tensor,
     table: Tensor,
@@ -53,13 +53,12 @@ def _cpp(
     row: int,
     x_t: Tensor,
     target: Tensor,
-) -> None:
-    stream_pointer = 0 if streams is None else streams.data_ptr()
-    _C.noising(
+) -> tuple[Any, ...]:
+    return (
         t.data_ptr(),
         table.data_ptr(),
         len(table),
-        stream_pointer,
+        0 if streams is None else streams.data_ptr(),
         row & 0xFFFFFFFF,
         *describe(x0, noise, x_t, target),
     )
@@ -124,7 +123,7 @@ OP = Op(
     outputs=("x_t", "target"),
     reference=reference,
     allocate=_allocate,
-    cpp=_cpp,
+    described=_described,
     cases=_cases,
     moved=lambda x0, t, table, noise, *_: element_bytes(x0, noise, x0, x0),
     backward=(_setup, _backward),
@@ -152,15 +151,8 @@ def noising(
     """
     errors.is_tensor("x0", x0)
     errors.has_dtype("x0", x0, errors.MODEL_DTYPES)
-    errors.is_tensor("t", t)
-    errors.has_dtype("t", t, (torch.int64,))
-    errors.on_device("t", t, "x0", x0)
-    if t.shape != x0.shape[:1]:
-        raise ValueError(f"t: has shape {tuple(t.shape)}, must be ({len(x0)},), one for each x0")
-    if not torch.compiler.is_compiling() and t.device.type == "cpu" and t.numel():
-        low, high = (int(v) for v in t.aminmax())
-        if low < 0 or high >= len(schedule):
-            raise ValueError(f"t: spans {low} to {high}, must be within 0 and {len(schedule) - 1}")
+    errors.per_sample("t", t, torch.int64, "x0", x0)
+    errors.in_range("t", t, len(schedule))
     streams = None
     if noise is not None:
         if seed is not None:
@@ -179,8 +171,8 @@ def _coefficients(schedule: NoiseSchedule, prediction: str, device: torch.device
     key = (prediction, device)
     made = _made.setdefault(schedule, {})
     if key not in made:
-        table = schedule.noising_table(prediction)
-        made[key] = torch.tensor(table, dtype=torch.float32, device=device)
+        table = torch.tensor(schedule.noising_table(prediction), dtype=torch.float32)
+        made[key] = table.to(device, non_blocking=True)
     return made[key]
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
-from .layout import _C
 
 BEFORE_FIRST_ROW = -1  # the row of x_T, which is drawn before row 0 runs
 _WORD = 0xFFFFFFFF
@@ -66,9 +66,11 @@ def _allocate(size: Sequence[int], streams: Tensor, row: int, bits: bool) -> tup
     return (torch.empty(size, dtype=dtype, device=streams.device),)
 
 
-def _cpp(size: Sequence[int], streams: Tensor, row: int, bits: bool, out: Tensor) -> None:
-    samples, elements = size[0], math.prod(size[1:])
-    _C.randn(samples, elements, streams.data_ptr(), row & _WORD, bits, out.data_ptr())
+def _described(
+    size: Sequence[int], streams: Tensor, row: int, bits: bool, out: Tensor
+) -> tuple[Any, ...]:
+    elements = math.prod(size[1:])
+    return size[0], elements, streams.data_ptr(), row & _WORD, bits, out.data_ptr()
 
 
 def _cases() -> list[Case]:
@@ -95,7 +97,7 @@ OP = Op(
     outputs=("out",),
     reference=reference,
     allocate=_allocate,
-    cpp=_cpp,
+    described=_described,
     cases=_cases,
     moved=lambda size, *_: 4 * math.prod(size),
 )
@@ -123,7 +125,8 @@ def streams_of(
     for word in {w for pair in pairs[:1] + pairs[-1:] for w in pair} | {s for s, _ in pairs}:
         if not 0 <= word < 1 << 63:
             raise ValueError(f"seed={word}: must be in [0, 2^63), and so must first_index")
-    return torch.tensor(pairs, dtype=torch.int64, device=device).reshape(batch, 2)
+    made = torch.tensor(pairs, dtype=torch.int64).reshape(batch, 2)
+    return made.to(device, non_blocking=True)
 
 
 def _draw(

@@ -42,8 +42,8 @@ def reference(
     streams: Tensor | None = None,
     copies: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    row = row.reshape(())
-    k = dict(zip(COLUMNS, table[row].to(x.dtype).unbind(), strict=True))
+    row = row.reshape(1)  # as an index, a tensor without dimensions would be read back
+    k = dict(zip(COLUMNS, table.index_select(0, row)[0].to(x.dtype).unbind(), strict=True))
     m = m.to(x.dtype)
     if m_u is not None:
         m = m_u.to(x.dtype) + (k["w"] + 1) * (m - m_u.to(x.dtype))
@@ -61,7 +61,8 @@ def reference(
     h_next = k["d"] * x + k["e"] * D if h is not None else None
     if not copies:
         return x_next, h_next, None
-    c_in = table[(row + 1).clamp(max=len(table) - 1), COLUMNS.index("c_in")].to(x.dtype)
+    following = (row + 1).clamp(max=len(table) - 1)
+    c_in = table.index_select(0, following)[0, COLUMNS.index("c_in")].to(x.dtype)
     return x_next, h_next, torch.cat([c_in * x_next] * copies)  # cast where it is stored
 
 
@@ -75,6 +76,19 @@ def _allocate(
         if copies > 1:
             model_input = torch.cat([model_input] * copies)
     return torch.empty_like(x), torch.empty_like(h) if h is not None else None, model_input
+
+
+def _described(x: Tensor, m: Tensor, table: Tensor, row: Tensor, *rest: Any) -> tuple[Any, ...]:
+    m_u, v, g, h, z, streams, copies, x_next, h_next, model_input = rest
+    first = None if model_input is None else model_input[: len(x)]
+    return (
+        table.data_ptr(),
+        len(table),
+        row.data_ptr(),
+        0 if streams is None else streams.data_ptr(),
+        copies,
+        *describe(x, m, m_u, v, g, h, z, x_next, h_next, first),
+    )
 
 
 def _cpp(
@@ -125,15 +139,8 @@ def _cpp(
             0 if model_input is None else model_input.data_ptr(),
         )
         return
-    first = None if model_input is None else model_input[: len(x)]
-    _C.step(
-        table.data_ptr(),
-        len(table),
-        row.data_ptr(),
-        0 if streams is None else streams.data_ptr(),
-        copies,
-        *describe(x, m, m_u, v, g, h, z, x_next, h_next, first),
-    )
+    rest = m_u, v, g, h, z, streams, copies, x_next, h_next, model_input
+    _C.step(*_described(x, m, table, row, *rest))
 
 
 def _table() -> Tensor:
@@ -217,6 +224,7 @@ OP = Op(
     outputs=("x_next", "h_next?", "model_input?"),
     reference=reference,
     allocate=_allocate,
+    described=_described,
     cpp=_cpp,
     cases=_cases,
     moved=_moved,

@@ -1,7 +1,7 @@
 // Fewer and longer dimensions, for ops to which the order of the elements is nothing.
 #pragma once
 
-#include "../tensor.h"
+#include "tensor.h"
 
 namespace fd {
 namespace {

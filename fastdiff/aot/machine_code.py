@@ -1,0 +1,96 @@
+"""What a compiled kernel is made of: registers, memory accesses and instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+
+@dataclass(frozen=True)
+class Code:
+    """
+    registers     of a thread
+    spills        bytes (NVIDIA) or registers (AMD) that went to memory for lack of registers
+    shared        bytes of shared memory a program
+    accesses      bits wide -> how many global accesses of tiles a thread makes (scalars apart)
+    tile_bytes    global memory that a program reads and writes in tiles; None if it loops
+    instructions  that a thread runs, each counted once, jumped over or not; None if it loops
+    tensor        how many of them are for tensor cores
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    accesses: dict[int, int]
+    tile_bytes: int | None
+    instructions: int | None
+    tensor: int
+
+
+def read(compiled: Any, backend: str) -> Code:
+    """The code of Triton's compiled kernel."""
+    read = {"cuda": _read_cuda, "hip": _read_hip}[backend]
+    registers, spills, accesses, names = read(compiled.asm)
+    text = compiled.asm["ttir"]
+    tiles = re.findall(r"tt\.(?:load|store) .*tensor<((?:\d+x)+)!tt\.ptr<\w*?(\d+)>>", text)
+    loops = "scf.for" in text or "scf.while" in text
+    return Code(
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+        accesses=accesses,
+        tile_bytes=None if loops else sum(_elements(n) * int(bits) // 8 for n, bits in tiles),
+        instructions=None if loops else len(names),
+        tensor=sum("MMA" in name or name.startswith("v_mfma") for name in names),
+    )
+
+
+def _elements(sizes: str) -> int:
+    count = 1
+    for size in sizes.rstrip("x").split("x"):
+        count *= int(size)
+    return count
+
+
+_Machine = tuple[int, int, dict[int, int], list[str]]
+
+
+def _read_cuda(asm: Any) -> _Machine:
+    """Tiles are masked or vectors, so their accesses are the PTX's that are predicated or wide."""
+    found = re.findall(r"(@%p\d+ )?(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bfu](\d+)", asm["ptx"])
+    widths = [int(n or 1) * int(bits) for masked, n, bits in found if masked or n]
+    widths += [
+        8 * int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\..*?(0x\w+)", asm["ptx"])
+    ]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass"]
+        said = subprocess.run([*command, file.name], check=True, capture_output=True, text=True)
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout))
+    names = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", said.stdout)
+    spills = int(used["STACK"]) + int(used["LOCAL"])
+    return int(used["REG"]), spills, dict(Counter(widths)), [n for n in names if n != "NOP"]
+
+
+def _read_hip(asm: Any) -> _Machine:
+    """Tiles go through buffer accesses where their offsets fit 32 bits, else beside the scalars."""
+    text = asm["amdgcn"]
+    accesses = re.findall(r"\t(buffer|global)_(?:load|store)_(\w+)", text)
+    buffered = any(kind == "buffer" for kind, _ in accesses)
+    widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+    counts = Counter(
+        widths[unit.removesuffix("_d16_hi")]
+        for kind, unit in accesses
+        if kind == "buffer" or not buffered
+    )
+    used = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
+    names = re.findall(r"^\t((?:[sv]|buffer|global|flat|ds)_\w+)", text, re.MULTILINE)
+    spills = used["vgpr_spill_count"]  # scalars go to lanes of vector registers, not to memory
+    return used["vgpr_count"], spills, dict(counts), [n for n in names if n != "s_nop"]
