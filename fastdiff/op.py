@@ -74,6 +74,8 @@ def missing(name: str) -> str | None:
     except Exception as error:
         said = next(iter(str(error).splitlines()), "")
         return f"{module} does not work here ({type(error).__name__}: {said})"
+    if name == "cuda" and not torch.cuda.is_available():
+        return "torch can use no GPU here"
     if name == "cuda" and (problem := loaded.problem()):
         return (
             f"fastdiff._cuda cannot run ({problem}); it needs an NVIDIA GPU of compute capability "

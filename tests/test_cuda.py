@@ -312,9 +312,11 @@ def test_a_triton_that_imports_but_fails_is_missing(monkeypatch):
 
 @pytest.mark.skipif(find_spec("fastdiff._cuda") is None, reason="built without nvcc")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_the_built_module_says_what_it_lacks_here():
+def test_the_built_module_says_what_it_lacks_here(monkeypatch):
     from fastdiff import _cuda
 
+    assert ops_module.missing("cuda") == "torch can use no GPU here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert f"({_cuda.problem()})" in ops_module.missing("cuda")
     with pytest.raises(RuntimeError, match=r"backend='cuda': fastdiff\._cuda cannot"):
         fastdiff.backend("cuda").__enter__()

@@ -17,14 +17,16 @@ its op's record, by Triton {triton}; then its machine code was read. `make aot` 
 
 Times are what a data sheet allows: the fewest bytes over the bandwidth, or the products over the
 tensor cores' rate if that is longer. "issue" is the time to issue all instructions of all threads,
-as a share of it: below half, arithmetic hides behind memory. A kernel that loops has no such count.
+as a share of it: below half, arithmetic hides behind memory. "instructions an element" are those of
+all threads over the elements of the result. A kernel that loops has neither count. Where targets
+differ, values are those of {targets}.
 """
 
 KERNELS = """\
 Each line is a kernel as compiled for the cases named; a launch takes the fastest of its
-configurations, of which the first is shown, the others where the case is large. Where targets
-differ, values are those of {targets}. "accesses" are those of a thread to tiles in global
-memory, count x bits; "resident" is the share of a processor's threads that fit at once.
+configurations, of which the first is shown, the others where the case is large. "accesses" are
+those of a thread to tiles in global memory, count x bits; "resident" is the share of a processor's
+threads that fit at once; "instructions" are a thread's, "tensor" those of them for tensor cores.
 """
 
 
@@ -40,12 +42,12 @@ def page(rows: Sequence[Report], predicted: Sequence[Prediction], cuda: Sequence
     """The whole page, in Markdown; `cuda` are the rows of `cuda.usage()`."""
     names = " / ".join(target.name for target in TARGETS)
     parts = [
-        HEAD.format(triton=version("triton")),
+        HEAD.format(triton=version("triton"), targets=names),
         "![Predicted times](gpu_static.png)\n",
         _table(_times(predicted)),
         _sheets(),
         "## Every kernel\n",
-        KERNELS.format(targets=names),
+        KERNELS,
     ]
     for op in dict.fromkeys(row.op.name for row in rows):
         parts += [f"### {op}\n", _table(_kernels([row for row in rows if row.op.name == op]))]
@@ -58,7 +60,8 @@ def page(rows: Sequence[Report], predicted: Sequence[Prediction], cuda: Sequence
 def _times(predicted: Sequence[Prediction]) -> Iterator[dict[str, str]]:
     """A line a case, a column a target."""
     for op, case in dict.fromkeys((p.op, p.case) for p in predicted):
-        cells = {p.target.name: p for p in predicted if (p.op, p.case) == (op, case)}
+        own = [p for p in predicted if (p.op, p.case) == (op, case)]
+        cells = {p.target.name: p for p in sorted(own, key=_place)}
         any_one = next(iter(cells.values()))
         excess = {p.excess for p in cells.values()}
         line = {
@@ -66,6 +69,7 @@ def _times(predicted: Sequence[Prediction]) -> Iterator[dict[str, str]]:
             "case": case,
             "MB": f"{any_one.fewest / 1e6:.1f}",
             "moved / fewest": _same(excess, lambda e: "loops" if e is None else f"{e:.2f}"),
+            "instructions an element": _same([p.each for p in cells.values()], _count),
         }
         for target in TARGETS:
             if p := cells.get(target.name):
@@ -73,6 +77,14 @@ def _times(predicted: Sequence[Prediction]) -> Iterator[dict[str, str]]:
                 bound = " tensor" if p.roofline > p.memory else ""
                 line[target.device] = f"{p.roofline * 1e6:.1f} us{bound}{issue}"
         yield line
+
+
+def _place(told: Report | Prediction) -> int:
+    return TARGETS.index(told.target)
+
+
+def _count(each: float | None) -> str:
+    return "" if each is None else f"{each:.0f}"
 
 
 def _sheets() -> str:
@@ -93,6 +105,7 @@ def _kernels(rows: Sequence[Report]) -> Iterator[dict[str, str]]:
         key = row.kernel, row.cases, blocks, row.config.threads, row.config.stages
         groups.setdefault(key, []).append(row)
     for group in groups.values():
+        group.sort(key=_place)
         first = group[0]
         sizes = " ".join(f"{k}={v}" for k, v in first.config.blocks.items())
         yield {

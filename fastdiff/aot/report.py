@@ -64,6 +64,7 @@ class Prediction:
 
     memory      the fewest bytes that the op can move, at the memory's bandwidth
     issue       all launches' instructions at the processors' rate; None where a kernel loops
+    each        instructions an element of the first output; None likewise
     tensor      the products of 16-bit floats on tensor cores; None for ops without
     excess      bytes that tiles read and write over the fewest; None where a kernel loops
     """
@@ -74,6 +75,7 @@ class Prediction:
     fewest: int
     memory: float
     issue: float | None
+    each: float | None
     tensor: float | None
     excess: float | None
 
@@ -128,6 +130,7 @@ def _predict(launches: list[tuple[Report, Use]]) -> Prediction:
     op, target, inputs = row.op, row.target, use.case.inputs("cpu")
     fewest, moved, issued = op.moved(*inputs), 0, 0
     loops = False
+    result = next(out for out in op.allocate(*inputs) if out is not None)
     for each, used in launches:
         if each.code.tile_bytes is None or each.code.instructions is None:
             loops = True
@@ -141,6 +144,7 @@ def _predict(launches: list[tuple[Report, Use]]) -> Prediction:
         fewest=fewest,
         memory=fewest / target.bandwidth,
         issue=None if loops else issued / target.issue,
+        each=None if loops else issued / result.numel(),
         tensor=op.flops(*inputs) / target.tensor if op.flops else None,
         excess=None if loops else moved / fewest,
     )
