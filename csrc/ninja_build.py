@@ -34,7 +34,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512": f"{_AVX2} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl "
         "-mprefer-vector-width=512",
     }
-EMULATED = f"-x c++ -DFD_EMULATED -I{CSRC / 'tests' / 'emulator'} -Wno-unknown-pragmas"
+_EMULATOR = shlex.quote(str(CSRC / "tests" / "emulator"))
+EMULATED = f"-x c++ -DFD_EMULATED -I{_EMULATOR} -Wno-unknown-pragmas"
 
 
 def compiler() -> str | None:
