@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from . import accuracy, calls, end_to_end, kernels, networks, peers, runtimes
+from . import accuracy, calls, end_to_end, kernels, networks, peers, runtimes, training
 from .records import COPY, FASTDIFF, OWN, PLAIN, UNGUIDED, YARDSTICKS, Record
 
 Found = Mapping[tuple[str, str], Record]
@@ -84,6 +84,9 @@ BARS = (
     *_networks(),
     Bar(end_to_end.SECTION, end_to_end.CIFAR.title, 2, runtimes.OPENVINO.name),
     Bar(end_to_end.SECTION, end_to_end.CIFAR.title, 4, runtimes.PIPELINE.name),
+    Bar(training.SECTION, training.ROWS[0].title, 1.5, training.DIFFUSERS, 1.8),
+    Bar(training.SECTION, training.ROWS[0].title, 2.5, training.DEFAULT, 3),
+    Bar(training.SECTION, f"{training.ROWS[0].title}: memory", 1, training.DIFFUSERS),
     Bar(accuracy.SECTION, accuracy.ROW, 5e-3),
 )
 

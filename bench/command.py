@@ -14,7 +14,14 @@ from fastdiff import gpu
 RESULTS = Path(__file__).parent / "results"
 NEEDS = ("diffusers", "matplotlib")
 # minutes on two cores, the compiling of peers included
-MINUTES = {"kernels": 2.0, "calls": 0.7, "networks": 4.7, "end to end": 5.6, "accuracy": 0.1}
+MINUTES = {
+    "kernels": 2.0,
+    "calls": 0.7,
+    "networks": 4.7,
+    "end to end": 5.6,
+    "training": 1.5,
+    "accuracy": 0.1,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,11 +41,22 @@ def main(argv: list[str] | None = None) -> int:
 
     from fastdiff.ops import OPS
 
-    from . import accuracy, calls, ceiling, end_to_end, gate, kernels, networks, picture, report
+    from . import (
+        accuracy,
+        calls,
+        ceiling,
+        end_to_end,
+        gate,
+        kernels,
+        networks,
+        picture,
+        report,
+        training,
+    )
     from .records import Settings, machine
 
     settings = Settings(args.steps, args.device, args.quick)
-    modules = {m.SECTION: m for m in (kernels, calls, networks, end_to_end, accuracy)}
+    modules = {m.SECTION: m for m in (kernels, calls, networks, end_to_end, training, accuracy)}
     sections = args.only or list(MINUTES)
     required = args.device == "cpu" and not args.quick
     host = machine(settings)
@@ -72,9 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench/run.py",
         description="fastdiff against diffusers, OpenVINO, ONNX Runtime and PyTorch: correctness "
-        "first, then kernels, small calls, networks, whole sampling loops and accuracy. On a GPU "
-        "against the peers there, torch.compile with CUDA graphs among them; `make gpu-check` does "
-        "this and more, in one report.",
+        "first, then kernels, small calls, networks, whole sampling loops, training and accuracy. "
+        "On a GPU against the peers there, torch.compile with CUDA graphs among them; `make "
+        "gpu-check` does this and more, in one report.",
     )
     add = parser.add_argument
     add("--steps", type=_positive, default=50, help="sampling steps, end to end (default 50)")

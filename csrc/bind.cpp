@@ -116,11 +116,43 @@ Conv3x3 conv3x3(const py::tuple& size, int dtype, int64_t weight, int64_t bias, 
           operand(o[1]), operand(o[2])};
 }
 
-// Size: batch, heads, queries, keys; then a head's.
-Attention attention(const py::tuple& size, int64_t head_size, double scale, const py::list& o) {
+// Size: outputs, inputs, tile, turned. Strides: of outputs, inputs and taps.
+PackConv3x3 pack_conv3x3(const py::tuple& size, int dtype, int64_t weight, const py::tuple& strides,
+                         int64_t out) {
+  const Size of = size_of(size);
+  const auto stride = [&](int i) { return strides[i].cast<int64_t>(); };
+  return {of.of[0], of.of[1], of.of[2], of.of[3] != 0, static_cast<DType>(dtype),
+          pointer<const float>(weight), {stride(0), stride(1), stride(2)}, pointer<void>(out)};
+}
+
+// Sizes: samples, height, width, output channels, input channels, tile. Operands: x, grad.
+Conv3x3WeightGradient conv3x3_weight_gradient(const py::tuple& size, int dtype, int64_t out,
+                                              const py::list& o) {
+  const auto of = [&](int i) { return size[i].cast<int64_t>(); };
+  return {of(0), of(1), of(2), of(3), of(4), of(5), static_cast<DType>(dtype), pointer<float>(out),
+          operand(o[0]), operand(o[1])};
+}
+
+// Size: batch, heads, queries, keys; then a head's. Operands: q, k, v, out.
+Attention attention(const py::tuple& size, int64_t head_size, double scale, int64_t lse,
+                    const py::list& o) {
   const Size of = size_of(size);
   return {of.of[0], of.of[1], of.of[2], of.of[3], head_size, static_cast<float>(scale),
-          operand(o[0]), operand(o[1]), operand(o[2]), operand(o[3])};
+          operand(o[0]), operand(o[1]), operand(o[2]), operand(o[3]), pointer<float>(lse)};
+}
+
+// The first four operands are the forward op's; then grad and the gradients of q, k and v.
+AttentionBackward attention_backward(const py::tuple& size, int64_t head_size, double scale,
+                                     int64_t lse, const py::list& o) {
+  return {attention(size, head_size, scale, lse, o), operand(o[4]), operand(o[5]), operand(o[6]),
+          operand(o[7])};
+}
+
+// The first six operands are the forward op's; then grad and the gradients of its parameters.
+GroupNormSiluBackward group_norm_silu_backward(const py::tuple& size, double eps, bool silu,
+                                               const py::list& o) {
+  return {group_norm_silu_of(size, eps, silu, o), operand(o[6]), operand(o[7]), operand(o[8]),
+          operand(o[9]), operand(o[10])};
 }
 
 // Size: samples, rows, inputs, outputs. Operands: x, residual, out.
@@ -161,6 +193,15 @@ TeacherStep teacher_step(int64_t table, int64_t rows, int64_t i, int64_t weights
   return op;
 }
 
+LoadImages load_images(int64_t images, int64_t count, const py::tuple& stride, int64_t index,
+                       int64_t flips, int64_t pad, const py::tuple& size, const py::tuple& out) {
+  const LoadImages op = {size_of(size), pointer<const uint8_t>(images), count, size_of(stride),
+                         pointer<const int64_t>(index), pointer<const bool>(flips), pad,
+                         operand(out)};
+  check_all_in_table("index", op.index, op.size.of[0], count);
+  return op;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -182,13 +223,30 @@ PYBIND11_MODULE(_C, module) {
   add(module, "conv3x3", &conv3x3, running<Conv3x3>(&Kernels::conv3x3, [](const Conv3x3& op) {
         return op.samples * op.height * op.width * op.outputs;
       }));
+  add(module, "conv3x3_weight_gradient", &conv3x3_weight_gradient,
+      running<Conv3x3WeightGradient>(&Kernels::conv3x3_weight_gradient,
+                                     [](const Conv3x3WeightGradient& op) {
+                                       return op.inputs * op.outputs * 9;
+                                     }));
+  add(module, "pack_conv3x3", &pack_conv3x3,
+      running<PackConv3x3>(&Kernels::pack_conv3x3,
+                           [](const PackConv3x3& op) { return op.inputs * op.outputs * 9; }));
   add(module, "group_norm_silu", &group_norm_silu_of,
       running<GroupNormSilu>(&Kernels::group_norm_silu, [](const GroupNormSilu& op) {
         return op.samples * op.channels * op.pixels;
       }));
+  add(module, "group_norm_silu_backward", &group_norm_silu_backward,
+      running<GroupNormSiluBackward>(
+          &Kernels::group_norm_silu_backward, [](const GroupNormSiluBackward& op) {
+            return op.of.samples * op.of.channels * op.of.pixels;
+          }));
   add(module, "attention", &attention,
       running<Attention>(&Kernels::attention, [](const Attention& op) {
         return op.batch * op.heads * op.queries * op.keys * op.size;
+      }));
+  add(module, "attention_backward", &attention_backward,
+      running<AttentionBackward>(&Kernels::attention_backward, [](const AttentionBackward& op) {
+        return op.of.batch * op.of.heads * op.of.queries * op.of.keys * op.of.size;
       }));
   add(module, "linear", &linear, running<Linear>(&Kernels::linear, [](const Linear& op) {
         return op.samples * op.rows * op.outputs;
@@ -200,4 +258,6 @@ PYBIND11_MODULE(_C, module) {
       [](const WeightedMseBackward& op) { return op.size.all(); }));
   add(module, "teacher_step", &teacher_step, running<TeacherStep>(
       &Kernels::teacher_step, [](const TeacherStep& op) { return op.size.all(); }));
+  add(module, "load_images", &load_images, running<LoadImages>(
+      &Kernels::load_images, [](const LoadImages& op) { return op.size.all(); }));
 }

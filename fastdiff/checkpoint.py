@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import one_of
+from .files import make_folder, read_tensors, write_bytes, write_tensors
 from .models import UNet, UNetConfig
 from .prediction import PREDICTIONS
 from .schedule import NoiseSchedule
@@ -33,6 +32,9 @@ def save(
 ) -> Path:
     """Write a model as `folder`/model.safetensors and config.json, which `load` reads.
 
+    Each is written whole or not at all. The weights carry the configuration too, and it carries
+    their checksum: between the two, the new weights are loaded with their own configuration.
+
     Args:
         folder: made if it is missing; a path ending in .safetensors writes that file, and the
             configuration beside it with the ending .json.
@@ -44,6 +46,9 @@ def save(
 
     Returns:
         The path of the weights.
+
+    Raises:
+        OSError: a file cannot be written; says why and what to do, and leaves what was there.
     """
     one_of("prediction", prediction, PREDICTIONS)
     one_of("dtype", dtype, STORED)
@@ -55,9 +60,10 @@ def save(
         "class_names": list(class_names),
         "training": training or {},
     }
-    text = json.dumps(record, indent=2) + "\n"
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(weights, {k: v.to(STORED[dtype]) for k, v in model.state_dict().items()})
+    tensors = {k: v.to(STORED[dtype]) for k, v in model.state_dict().items()}
+    make_folder(weights.parent)
+    stamp = write_tensors(weights, tensors, {"config": json.dumps(record)})
+    text = json.dumps({**record, "weights": stamp}, indent=2) + "\n"
     write_bytes(config, text.encode())
     return weights
 
@@ -75,21 +81,23 @@ def load(source: str | Path) -> UNet:
     Raises:
         FileNotFoundError: there is no such checkpoint, or a part of it is missing.
         ValueError: a file is truncated or damaged, or does not fit the configuration.
+
+    Warns if the configuration beside the weights is missing or of other weights, and their own is
+    used.
     """
     path = Path(source)
     if not path.exists() and (ASSETS / path).is_dir():
         path = ASSETS / path
     if not path.exists():
-        shipped = sorted(p.name for p in ASSETS.glob("*") if p.is_dir())
+        shipped = sorted(p.parent.name for p in ASSETS.glob(f"*/{WEIGHTS}"))
         raise FileNotFoundError(
             f"{source}: no such checkpoint; takes a folder, a .safetensors file, "
             f"or a shipped name: {', '.join(shipped)}"
         )
     weights, config = _paths(path)
-    if not config.is_file():
-        raise FileNotFoundError(f"{config}: missing; a checkpoint is {weights.name} and this file")
+    tensors, metadata = read_tensors(weights)
     try:
-        record = json.loads(config.read_text())
+        record = _configuration(weights, config, metadata)
         model = UNet(UNetConfig.from_json(record["model"]))
         schedule = NoiseSchedule.from_json(record["schedule"])
         prediction, names = record["prediction"], tuple(record["class_names"])
@@ -98,7 +106,6 @@ def load(source: str | Path) -> UNet:
         raise ValueError(f"{config}: lacks {error}; it was not written by fastdiff") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{config}: {error}") from None
-    tensors, _ = read_tensors(weights)
     fit_state(weights, model, tensors)
     model.load_state_dict({k: v.float() for k, v in tensors.items()})
     model.schedule, model.prediction, model.class_names = schedule, prediction, names
@@ -127,42 +134,27 @@ def fit_state(path: Path, model: torch.nn.Module, tensors: dict[str, Tensor]) ->
         raise ValueError(f"{path}: does not fit its configuration; {'; '.join(said)}")
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: truncated, or no safetensors file ({error}); copy or train it again"
-        ) from None
-
-
-def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file whole or not at all."""
-    # contiguous_format: a channels-last weight must be stored in its logical order
-    plain = {
-        k: v.detach().cpu().contiguous(memory_format=torch.contiguous_format)
-        for k, v in tensors.items()
-    }
-    write_bytes(path, to_bytes(plain, metadata))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _configuration(weights: Path, config: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """What `config` says, or what the weights carry where it is missing or of other weights."""
+    if config.is_file():
+        record = json.loads(config.read_text())
+        if not isinstance(record, dict):
+            raise TypeError(f"holds {type(record).__name__}, must be an object")
+        if record.get("weights") == metadata.get("fastdiff"):
+            return record
+        wrong = f"of other weights than {weights.name}"
+        if "config" not in metadata:
+            raise ValueError(f"{wrong}; if it does fit them, remove 'weights' from it")
+    else:
+        wrong = "missing"
+        if "config" not in metadata:
+            raise FileNotFoundError(
+                f"{config}: missing; a checkpoint is {weights.name} and this file"
+            )
+    warnings.warn(
+        f"{config}: {wrong}; used the configuration that {weights.name} carries", stacklevel=3
+    )
+    return json.loads(metadata["config"])
 
 
 def _paths(path: Path) -> tuple[Path, Path]:

@@ -1,7 +1,14 @@
 """Fixtures that several files use."""
 
 import pytest
+import torch
 from pretended import pretended_gpu  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test draws the same numbers whichever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from bench import (
     networks,
     report,
     timing,
+    training,
     work,
 )
 from bench.records import (
@@ -242,8 +243,11 @@ def test_a_run_from_end_to_end(tmp_path, capsys, only_the_tiny_model):
     assert all(r.p50 is not None for r in records)
     found = bars.by_row(records)
     for bar in bars.BARS:
-        if bar.section not in (networks.SECTION, end_to_end.SECTION):
+        if bar.section not in (networks.SECTION, end_to_end.SECTION, training.SECTION):
             assert (bar.row, bar.against) in found, bar
+    for provider in (FASTDIFF, training.DIFFUSERS, training.DEFAULT):
+        for what in ("", ": memory"):
+            assert found[f"CIFAR-10 network, batch 1, bf16{what}", provider].p50 > 0
     for what in ("", ": error", ": memory"):
         assert found[f"tiny, batch 2, bf16{what}", FASTDIFF].p50 > 0
     for record in records:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastdiff import checkpoint
+from fastdiff import checkpoint, files
 from fastdiff.checkpoint import load, save
 from fastdiff.data import fashion_mnist
 from fastdiff.losses import DiffusionLoss
@@ -86,7 +86,7 @@ def test_layout_in_memory_does_not_matter(tmp_path, model):
 
 def test_overwriting_is_whole_or_not_at_all(folder, model, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         save(folder, UNet(CONFIG), SCHEDULE, "v")
     assert (folder / "model.safetensors").read_bytes() == before
@@ -102,8 +102,52 @@ def test_shipped_names_are_found(tmp_path, model, monkeypatch):
         load("hats")
 
 
+def without_stamp(path):
+    """As another program, or an early version of this one, would write it."""
+    save_file(load_file(path), path)
+
+
+def test_a_crash_between_weights_and_configuration_loses_neither(folder, monkeypatch):
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    old = load(folder)
+    other = UNet(dataclasses.replace(CONFIG, channels=16))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_tensors", crash)
+        save(folder, other, SCHEDULE, "x0")
+    assert load(folder).config == old.config and load(folder).prediction == "v"
+    for there in (folder, folder / "new"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(checkpoint, "write_bytes", crash)
+            save(there, other, SCHEDULE, "x0")
+        wrong = "of other weights than" if there == folder else "missing"
+        message = f"{there / 'config.json'}: {wrong}"
+        with pytest.warns(UserWarning, match=re.escape(message)):
+            back = load(there)
+        assert back.config == other.config and back.prediction == "x0"
+        for name, value in other.state_dict().items():
+            assert torch.equal(back.state_dict()[name], value)
+
+
+def test_a_configuration_of_other_weights_is_refused(folder):
+    without_stamp(folder / "model.safetensors")
+    config = folder / "config.json"
+    with pytest.raises(ValueError, match=re.escape(f"{config}: of other weights than model.safe")):
+        load(folder)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"weights": None}))
+    assert load(folder).config == CONFIG  # as those of early versions
+
+
+def test_an_edited_configuration_is_the_one_that_counts(folder):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"class_names": ["A", "B", "C"]}))
+    assert load(folder).class_names == ("A", "B", "C")
+
+
 @pytest.mark.parametrize("part", ["config.json", "model.safetensors"])
 def test_missing_parts_are_named(folder, part):
+    without_stamp(folder / "model.safetensors")
     (folder / part).unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(f"{folder / part}: missing")):
         load(folder)
@@ -113,6 +157,7 @@ def test_missing_parts_are_named(folder, part):
     "damage",
     [
         lambda raw: raw[:-1],
+        lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]),
         lambda raw: raw[:100],
         lambda raw: b"",
         lambda raw: b"\x80\x04" + raw[2:],  # a pickle's first bytes
@@ -122,7 +167,7 @@ def test_missing_parts_are_named(folder, part):
 def test_damaged_weights_are_named(folder, damage):
     path = folder / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=re.escape(f"{path}: truncated, or no safetensors")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}: ") + "(truncated|damaged)"):
         load(folder)
 
 
@@ -142,6 +187,8 @@ def test_weights_that_do_not_fit_are_named(folder, change, message):
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"weights": None}))
     with pytest.raises(
         ValueError, match=re.escape(f"{path}: does not fit its configuration; {message}")
     ):
@@ -181,6 +228,9 @@ def test_bad_arguments_are_refused_before_writing(tmp_path, model):
     with pytest.raises(ValueError, match="dtype='int8': must be one of 'float32'"):
         save(tmp_path / "a", model, SCHEDULE, "v", dtype="int8")
     assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'file'}: not written") + ".*choose"):
+        save(tmp_path / "file", model, SCHEDULE, "v")
 
 
 def test_another_size_does_not_fit(folder):
@@ -207,7 +257,7 @@ def test_the_shipped_model_is_the_recipes_and_has_learned(monkeypatch):
     assert (folder / "model.safetensors").stat().st_size < 12_000_000
 
     data = fashion_mnist(ROOT / "tests" / "data" / "fashion-mnist", "test")
-    x0 = data.images.float() / 127.5 - 1
+    x0 = data.load(torch.arange(len(data)))
     t = torch.full((len(x0),), 700)
     loss = DiffusionLoss(model.schedule, model.prediction)
 

@@ -111,6 +111,30 @@ def test_a_units_result_is_the_same_bits_on_any_threads_and_in_any_batch(dtype, 
         assert torch.equal(normal, results[0][0]) and torch.equal(attended, results[0][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+def test_gradients_are_the_same_bits_on_any_number_of_threads(dtype, last):
+    """Of 3 samples, which are cut by channels, and of 6 heads, which are cut by their keys."""
+    form = torch.channels_last if last else torch.contiguous_format
+    x, grad = torch.randn(2, 3, 192, 15, 15).to(dtype).unbind()
+    x, grad = x.contiguous(memory_format=form), grad.contiguous(memory_format=form)
+    weight, scale = torch.randn(192), torch.randn(3, 192)
+    q, k, v, to = torch.randn(4, 3, 2, 300, 40).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        out, lse = OPS["attention"].call(q, k, v, 0.1, True)
+        normal = OPS["group_norm_silu_backward"].call(
+            grad, x, 32, weight, weight, 1e-5, scale, scale, True, True
+        )
+        attended = OPS["attention_backward"].call(to, q, k, v, out, lse, 0.1)
+        results.append((*normal, *attended, lse))
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
 def test_results_are_the_same_bits_in_any_layout_and_batch():
     x, m, table, row, *rest, streams, _ = arguments("ddpm", (3, 4, 33, 7))
     step = OPS["step"].call

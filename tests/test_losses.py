@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastdiff import ops
 from fastdiff.losses import MIN_SNR_GAMMA, WEIGHTINGS, DiffusionLoss
 from fastdiff.schedule import NoiseSchedule
 
@@ -80,6 +81,49 @@ def test_min_snr_is_hangs_in_each_predictions_terms(prediction, in_its_terms):
     torch.testing.assert_close(weighted, plain * torch.from_numpy(expected).float()[t])
 
 
+def test_snr_is_diffusers():
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")
+    snr = compute_snr(theirs, torch.arange(1000)).double().numpy()
+    ours = NoiseSchedule.from_betas(theirs.betas.double().numpy())
+    # an error in eps weighs 1, which is SNR for one in x0; of alphabar float32 has few digits
+    np.testing.assert_allclose(DiffusionLoss(ours, "x0", "snr").weights, snr, rtol=2e-3)
+    v = DiffusionLoss(ours, "v", "min_snr").weights
+    np.testing.assert_allclose(v, np.minimum(snr, 5) / (snr + 1), rtol=2e-3)
+
+
+def test_of_a_preconditioned_network_is_karras():
+    """Karras et al. 2022, equation 8 with Table 1, in float64."""
+    schedule, d = NoiseSchedule.karras(0.01, 20.0, 12), 0.5
+    generator = torch.Generator().manual_seed(0)
+    x0, z = (torch.randn(12, 3, 4, generator=generator) for _ in range(2))
+    t = torch.arange(12)
+
+    def network(x, c_noise):
+        return torch.sin(2 * x) + c_noise.view(-1, 1, 1) ** 2
+
+    sigma = torch.from_numpy(schedule.sigma.copy()).view(-1, 1, 1)
+    y = x0.double() + sigma * z.double()
+    skip, out = d**2 / (sigma**2 + d**2), sigma * d / (sigma**2 + d**2).sqrt()
+    told = (sigma.log() / 4).flatten()
+    denoised = skip * y + out * network(y / (sigma**2 + d**2).sqrt(), told)
+    weight = (sigma**2 + d**2) / (sigma * d) ** 2
+    expected = (weight * (denoised - x0.double()).square()).flatten(1).mean(1)
+    losses = DiffusionLoss(schedule, "edm").per_sample(network, x0, t, noise=z)
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_of_a_part_is_that_of_the_whole_batch(dtype):
+    x0, t = torch.linspace(-1, 1, 7 * 15).view(7, 15).to(dtype), torch.arange(7) * 100
+    whole = ops.noising(x0, t, COSINE, "v", seed=3, row=5)
+    for k in (1, 4):
+        part = ops.noising(x0[k:], t[k:], COSINE, "v", seed=3, row=5, first_index=k)
+        assert all(torch.equal(a, b[k:]) for a, b in zip(part, whole, strict=True))
+
+
 def test_gradient_is_that_of_the_mean_square():
     weight = torch.tensor(0.5, requires_grad=True)
     torch.manual_seed(0)
@@ -107,8 +151,8 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="prediction='noise': must be one of 'eps'"):
         DiffusionLoss(COSINE, "noise")
     names = ", ".join(map(repr, WEIGHTINGS))
-    with pytest.raises(ValueError, match=re.escape(f"weighting='snr': must be one of {names}")):
-        DiffusionLoss(COSINE, weighting="snr")
+    with pytest.raises(ValueError, match=re.escape(f"weighting='none': must be one of {names}")):
+        DiffusionLoss(COSINE, weighting="none")
     with pytest.raises(ValueError, match="alpha = 0"):
         DiffusionLoss(COSINE.zero_terminal_snr(), "eps")
     with pytest.raises(ValueError, match=r"model output of shape \(2, 2, 4, 4\)"):

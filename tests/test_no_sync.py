@@ -205,3 +205,6 @@ def test_noising_and_the_loss_never_read_back():
     for weighting in ("simple", "min_snr"):
         loss = DiffusionLoss(made, "v", weighting)
         assert loss(lambda x, t: x, x0).device.type == "meta"
+    learned = DiffusionLoss(made, "v", "hybrid", learned_variance=True)
+    for how in ({}, {"seed": 3, "row": 2}):
+        assert learned(lambda x, t: torch.cat([x, x], 1), x0, **how).device.type == "meta"

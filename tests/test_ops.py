@@ -179,6 +179,19 @@ def test_attention_gradient_is_that_of_its_formula_in_float64():
         assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
+def test_attention_gradient_of_many_heads_sums_its_blocks_of_queries_and_keys():
+    """20 heads, so that the CPU's kernel cuts none by its keys; three blocks of those, two of q."""
+    q, k, v, grad = torch.randn(4, 20, 1, 300, 16)
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    formula = (wide[0] @ wide[1].mT / 4).softmax(-1) @ wide[2]
+    theirs = torch.autograd.grad(formula, wide, grad.double())
+    out, lse = OPS["attention"].call(q, k, v, 0.25, True)
+    for a, b in zip(
+        OPS["attention_backward"].call(grad, q, k, v, out, lse, 0.25), theirs, strict=True
+    ):
+        assert (a - b).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("needed", [(0,), (1, 2)])
 def test_attention_keeps_what_a_gradient_needs_only_where_one_is_asked_for(needed):
     operands, grad = attention_operands()

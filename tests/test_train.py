@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_no_sync import NoWaiting
 
 from fastdiff import cli
 from fastdiff.checkpoint import load
@@ -17,6 +18,7 @@ from fastdiff.data import ImageSet, fashion_mnist
 from fastdiff.models import UNet, UNetConfig
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import TrainConfig, Trainer
+from fastdiff.train.state import collect
 
 SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
 RECIPE = Path(__file__).parents[1] / "recipes" / "fashion-mnist.json"
@@ -48,30 +50,26 @@ def trainer(out, config=CONFIG, model=TINY):
     return Trainer(UNet(model), NoiseSchedule.cosine(100), fashion_mnist(SAMPLE), config, out)
 
 
-def states(run):
-    parts = {"model": run.model.state_dict(), "ema": run.ema.state_dict()}
-    parts["moments"] = {
-        f"{k}.{m}": v
-        for k, p in run.model.named_parameters()
-        for m, v in run.optimizer.state[p].items()
-    }
-    return {f"{part}.{k}": v for part, state in parts.items() for k, v in state.items()}
-
-
-def stop_after(run, step):
+def stop_after(run, step, number=signal.SIGINT):
     """Have the run interrupted, as by Ctrl-C, while it makes its `step`-th step."""
-    loss = run.loss
+    loss, sent = run.loss.with_sums, []
 
     def interrupting(*args, **kwargs):
-        if run.step == step - 1:
-            os.kill(os.getpid(), signal.SIGINT)
+        if run.step == step - 1 and not sent:
+            sent.append(os.kill(os.getpid(), number))
         return loss(*args, **kwargs)
 
-    run.loss = interrupting
+    run.loss.with_sums = interrupting
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"bf16": True, "channels_last": True}], ids=["fp32", "bf16-channels-last"]
+    "change",
+    [
+        {},
+        {"bf16": True, "channels_last": True},
+        {"accumulate": 2, "ema": (0.9, 0.5), "posthoc_every": 4, "timesteps": "loss_aware"},
+    ],
+    ids=["fp32", "bf16-channels-last", "all"],
 )
 def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, change):
     config = dataclasses.replace(CONFIG, **change)
@@ -87,14 +85,18 @@ def test_resumed_is_uninterrupted_bit_for_bit(tmp_path, change):
     second.fit(resume=True, progress=False)
 
     assert second.step == whole.step == 8
-    expected, resumed = states(whole), states(second)
+    expected, resumed = collect(whole), collect(second)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[k], resumed[k]) for k in expected)
+    for path in ["model.safetensors", *(p.name for p in whole.out.glob("ema-*.safetensors"))]:
+        assert (whole.out / path).read_bytes()[:64] and torch.equal(
+            *(load(run.out / path).out[2].weight for run in (whole, second))
+        )
 
 
 def test_learns_to_predict_a_single_image(tmp_path):
     data = fashion_mnist(SAMPLE)
-    data = ImageSet(data.images[:1], data.labels[:1])
+    data = dataclasses.replace(data, images=data.images[:1], labels=data.labels[:1])
     config = TrainConfig(steps=80, batch_size=8, lr=3e-3, warmup=10, ema=0.9, save_every=0)
     torch.manual_seed(0)
     run = Trainer(UNet(TINY), NoiseSchedule.cosine(100), data, config, tmp_path)
@@ -102,6 +104,95 @@ def test_learns_to_predict_a_single_image(tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
     assert len(losses) == 8
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+
+
+def test_a_cut_step_is_the_whole_one(tmp_path):
+    model = dataclasses.replace(TINY, dropout=0.0)
+    config = dataclasses.replace(CONFIG, batch_size=8, timesteps="loss_aware")
+    whole = trainer(tmp_path, config, model)
+    cut = trainer(tmp_path, dataclasses.replace(config, accumulate=4), model)
+    for run in (whole, cut):
+        for _ in range(3):
+            loss = run._train_step()
+    assert loss.isfinite() and not whole.watch.bad and not cut.watch.bad
+    # the first moments are linear in the gradients; where those are 0 but for rounding, the
+    # weights' updates are not
+    for name, expected in collect(whole).items():
+        if name.endswith("exp_avg") or name.startswith("window"):
+            torch.testing.assert_close(collect(cut)[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_recomputed_activations_give_the_same_step(tmp_path):
+    plain = trainer(tmp_path)
+    again = trainer(tmp_path, dataclasses.replace(CONFIG, recompute=True))
+    kept = []
+    for run in (plain, again):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            run._train_step()
+        kept.append(None)
+    split = kept.index(None)
+    assert len(kept) - split < split  # or nothing was left out
+    for name, expected in collect(plain).items():
+        torch.testing.assert_close(collect(again)[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_learned_variance_is_trained_and_drawn(tmp_path):
+    model = dataclasses.replace(TINY, learned_variance=True)
+    config = dataclasses.replace(
+        CONFIG, prediction="eps", weighting="hybrid", sample_every=4, sample_steps=2
+    )
+    trainer(tmp_path, config, model).fit(progress=False)
+    assert load(tmp_path).config.learned_variance and (tmp_path / "samples-000004.png").exists()
+
+
+def test_sigterm_saves_and_stops(tmp_path):
+    run = trainer(tmp_path)
+    stop_after(run, 5, signal.SIGTERM)
+    run.fit(progress=False)
+    assert run.step == 5 and run.store.load()[1]["step"] == 5
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e6])
+def test_clipping_is_torchs(tmp_path, limit):
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, clip_grad=limit))
+    update, given = run._update, []
+
+    def spying(norm):
+        given.extend(w.grad.clone() for w in run.weights.values())
+        update(norm)
+
+    run._update = spying
+    run._train_step()
+    expected = [torch.zeros_like(g, requires_grad=True) for g in given]
+    for parameter, grad in zip(expected, given, strict=True):
+        parameter.grad = grad
+    torch.nn.utils.clip_grad_norm_(expected, limit)
+    for parameter, weight in zip(expected, run.weights.values(), strict=True):
+        moment = run.optimizer.state[weight]["exp_avg"]
+        torch.testing.assert_close(moment, 0.1 * parameter.grad, rtol=1e-4, atol=1e-12)
+
+
+def test_an_unread_non_finite_step_changes_no_weight(tmp_path):
+    """As on an accelerator, where numbers are read back now and then only."""
+    run, good = trainer(tmp_path), trainer(tmp_path / "good")
+    run.check_every = 10
+    loss = run.loss.with_sums
+
+    def breaking(*args, **kwargs):
+        value, sums = loss(*args, **kwargs)
+        return value * (math.nan if run.step == 4 else 1.0), sums
+
+    run.loss.with_sums = breaking
+    for _ in range(7):
+        run._train_step()
+    for _ in range(4):
+        good._train_step()
+    expected = {k: v for k, v in collect(good).items() if not k.startswith("ema")}
+    assert all(torch.equal(v, collect(run)[k]) for k, v in expected.items())
+    with pytest.raises(FloatingPointError, match="step 4: the loss of 4 of 4 images"):
+        run._check()
+    assert run.store.load()[1]["step"] == run.step == 4
 
 
 def test_average_follows_its_formula(tmp_path):
@@ -119,8 +210,9 @@ def test_average_follows_its_formula(tmp_path):
 def test_leaves_a_checkpoint_metrics_and_a_sample_grid(tmp_path):
     config = dataclasses.replace(CONFIG, steps=12, sample_every=10, sample_steps=2)
     ema = trainer(tmp_path, config).fit(progress=False)
-    names = {"config.json", "metrics.jsonl", "model.safetensors", "state.safetensors"}
-    assert {p.name for p in tmp_path.iterdir()} == names | {"samples-000010.png"}
+    names = {"config.json", "metrics.jsonl", "model.safetensors", "samples-000010.png", ".lock"}
+    states = {f"state-{step:09d}.safetensors" for step in (6, 9, 12)}
+    assert {p.name for p in tmp_path.iterdir()} == names | states
     model = load(tmp_path)
     assert model.class_names[9] == "Ankle boot" and model.prediction == "v"
     assert all(torch.equal(v, ema.state_dict()[k]) for k, v in model.state_dict().items())
@@ -148,10 +240,12 @@ def test_a_run_is_not_started_over_nor_resumed_from_nothing(tmp_path):
     trainer(tmp_path, dataclasses.replace(CONFIG, steps=1)).fit(progress=False)
     with pytest.raises(FileExistsError, match="already holds a run; resume it"):
         trainer(tmp_path).fit()
-    state = tmp_path / "state.safetensors"
+    state = tmp_path / "state-000000001.safetensors"
     state.write_bytes(state.read_bytes()[:-5])
     with pytest.raises(ValueError, match=re.escape(f"{state}: truncated")):
         trainer(tmp_path).fit(resume=True)
+    with trainer(tmp_path / "held").store.lock(), pytest.raises(BlockingIOError, match="writes"):
+        trainer(tmp_path / "held").fit()
 
 
 def test_a_run_of_another_model_is_not_resumed(tmp_path):
@@ -163,39 +257,54 @@ def test_a_run_of_another_model_is_not_resumed(tmp_path):
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_non_finite_numbers_stop_and_keep_the_last_state(tmp_path, broken):
     run = trainer(tmp_path)
-    loss = run.loss
+    loss = run.loss.with_sums
 
     def breaking(*args, **kwargs):
-        value = loss(*args, **kwargs)
+        value, sums = loss(*args, **kwargs)
         if run.step < 4:
-            return value
+            return value, sums
         # sqrt at 0 has a finite value and an infinite slope
-        return value * math.nan if broken == "loss" else value + (value - value.detach()).sqrt()
+        return value * math.nan if broken == "loss" else value + (
+            value - value.detach()
+        ).sqrt(), sums
 
-    run.loss = breaking
-    with pytest.raises(FloatingPointError, match=r"step 4: loss .* resume it with a smaller lr"):
+    run.loss.with_sums = breaking
+    with pytest.raises(
+        FloatingPointError, match=r"step 4: .* resume it with a smaller lr"
+    ) as raised:
         run.fit(progress=False)
-    assert all(p.isfinite().all() for p in run.model.parameters())
+    index = run.data.indices(4, 4, CONFIG.seed).tolist()
+    t = run.timesteps.draw(4, CONFIG.seed, 4)[0].tolist()
+    assert all(f"{i} at t={time}" in str(raised.value) for i, time in zip(index, t, strict=True))
+    good = trainer(tmp_path / "good")
+    for _ in range(4):
+        good._train_step()
+    assert run.step == 4
+    assert all(torch.equal(v, collect(run)[k]) for k, v in collect(good).items())
     again = trainer(tmp_path)
+    assert again.store.load()[1]["step"] == 4
     again.fit(resume=True, progress=False)
     assert again.step == 8
 
 
 def test_labels_are_dropped_at_the_rate_asked_for(tmp_path):
-    run = trainer(tmp_path, dataclasses.replace(CONFIG, label_dropout=0.1))
-    labels = torch.arange(10).repeat(1000)
-    torch.manual_seed(0)
-    kept = run._drop_labels(labels)
-    dropped = kept == -1
-    assert dropped.float().mean() == pytest.approx(0.1, abs=4 * (0.09 / 10_000) ** 0.5)
-    assert torch.equal(kept[~dropped], labels[~dropped])
+    config = dataclasses.replace(CONFIG, batch_size=1000, label_dropout=0.1)
+    run = trainer(tmp_path, config, dataclasses.replace(TINY, channels=4))
+    given = []
+    run.loss.with_sums = lambda network, x0, t, cond, **_: given.append(cond) or 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run._train_step()
+    labels = run.data.batch(0, 1000, config.seed)[1]
+    dropped = given[0] == -1
+    assert dropped.float().mean() == pytest.approx(0.1, abs=4 * (0.09 / 1000) ** 0.5)
+    assert torch.equal(given[0][~dropped], labels[~dropped])
 
 
 def test_noise_and_data_are_functions_of_seed_and_step(tmp_path):
     def step_four(seed):
         run = trainer(tmp_path, dataclasses.replace(CONFIG, seed=seed))
         run.step = 4
-        return run._train_step()
+        return run._train_step().item()
 
     assert step_four(1) == step_four(1) != step_four(2)
 
@@ -234,8 +343,14 @@ def test_learning_rate(decay, expected):
         ({"ema": 1.0}, ValueError, r"ema=1.0: must be in \[0, 1\)"),
         ({"decay": "step"}, ValueError, "decay='step': must be one of 'constant'"),
         ({"prediction": "noise"}, ValueError, "prediction='noise'"),
-        ({"weighting": "snr"}, ValueError, "weighting='snr'"),
+        ({"weighting": "sine"}, ValueError, "weighting='sine'"),
         ({"save_every": -1}, ValueError, "save_every=-1"),
+        ({"ema": (0.9, 0.9)}, ValueError, "must be one decay or more, each once"),
+        ({"ema": ()}, ValueError, "must be one decay or more"),
+        ({"ema": "0.9"}, TypeError, "ema='0.9': must be float"),
+        ({"accumulate": 3}, ValueError, "accumulate=3: must divide batch_size=4"),
+        ({"timesteps": "importance"}, ValueError, "timesteps='importance'"),
+        ({"keep": 0}, ValueError, "keep=0"),
     ],
 )
 def test_bad_configurations_are_refused(change, error, message):
@@ -248,12 +363,12 @@ def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
     for change, message in (
         ({"in_channels": 3}, r"data with images \(1, 32, 32\): the model takes \(3, 32, 32\)"),
         ({"num_classes": 5}, "data with label 9: the model has 5 classes"),
-        ({"learned_variance": True}, "learned_variance"),
+        ({"learned_variance": True}, "learned_variance=True: weighting='simple' would leave"),
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(UNet(dataclasses.replace(TINY, **change)), schedule, data, CONFIG, tmp_path)
     with pytest.raises(ValueError, match="data without labels"):
-        Trainer(UNet(TINY), schedule, ImageSet(data.images), CONFIG, tmp_path)
+        Trainer(UNet(TINY), schedule, ImageSet(data.images, pad=2), CONFIG, tmp_path)
 
 
 def recipe(tmp_path, **change):
@@ -276,13 +391,16 @@ def command(path, out, *flags):
 
 def test_command_trains_and_resumes(tmp_path, capfd):
     path, out = recipe(tmp_path), tmp_path / "run"
-    assert command(path, out, "--steps", "2", "--lr", "1e-3", "--bf16") == 0
+    assert command(path, out, "--steps", "2", "--lr", "1e-3", "--bf16", "--ema", "0.9", "0.5") == 0
     assert "finished at step 2" in capfd.readouterr().out
     trained = json.loads((out / "config.json").read_text())["training"]["config"]
     assert (trained["steps"], trained["lr"], trained["bf16"]) == (2, 1e-3, True)
+    assert trained["ema"] == [0.9, 0.5] and load(out / "ema-0.5.safetensors").prediction == "v"
     assert command(path, out) == 1
     assert "already holds a run" in capfd.readouterr().err
-    assert command(path, out, "--resume") == 0
+    assert command(path, out, "--resume") == 1
+    assert "the run's state has no ema.0.999; resume with the ema" in capfd.readouterr().err
+    assert command(path, out, "--resume", "--ema", "0.9", "0.5") == 0
     assert json.loads((out / "config.json").read_text())["training"]["step"] == 3
 
 
@@ -292,7 +410,7 @@ def test_command_refuses_bad_recipes(tmp_path, capfd):
         ({"train": {"step": 3}}, "has no fields ['step']"),
         ({"model": {"depth": 3}}, "has no fields ['depth']"),
         ({"schedule": {"name": "sine"}}, "sine"),
-        ({"data": {"name": "cifar"}}, "must be one of 'fashion-mnist', 'npz'"),
+        ({"data": {"name": "cifar"}}, "must be one of 'fashion-mnist', 'folder'"),
         ({"data": {"name": "fashion-mnist", "padding": 2}}, "padding"),
     ):
         assert command(recipe(tmp_path, **change), tmp_path / "run") == 1
@@ -308,3 +426,18 @@ def test_the_shipped_recipe_is_one(tmp_path):
     with torch.device("meta"):
         count = sum(p.numel() for p in UNet(config).parameters())
     assert count <= 6_000_000 and TrainConfig.from_json(parts["train"]).label_dropout == 0.1
+
+
+def test_nothing_is_read_back_between_checks(tmp_path, monkeypatch):
+    """On the CPU, without the checks of values that are made there only."""
+    monkeypatch.setattr(UNet, "check", lambda *_: None)
+    monkeypatch.setattr("fastdiff.errors.in_range", lambda *_: None)
+    run = trainer(
+        tmp_path, dataclasses.replace(CONFIG, accumulate=2, posthoc_every=9, timesteps="loss_aware")
+    )
+    run.check_every = 3
+    with NoWaiting():
+        run._train_step()
+        run._train_step()
+        with pytest.raises(AssertionError, match="reads a value back"):
+            run._train_step()

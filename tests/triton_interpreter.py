@@ -198,6 +198,24 @@ def test_offsets_beyond_32_bits(size, strides, monkeypatch):
 
 
 @pytest.mark.parametrize("far", range(4))
+def test_images_are_read_beyond_32_bits(far, monkeypatch):
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: 0)
+    size, strides = [2, 3, 4, 5], [60, 20, 5, 1]
+    size[far], strides[far] = 4, FAR
+    images = torch.empty(3 * FAR + 1000, dtype=torch.uint8).as_strided(size, strides)
+    images.copy_(torch.randint(256, size))
+    inputs = (images, torch.arange(size[0]).flip(0), None, 1, torch.float32, False)
+    assert torch.equal(run("load_images", inputs)[0], OPS["load_images"].reference(*inputs)[0])
+
+
+def test_an_index_out_of_range_makes_its_image_nan_and_no_other():
+    images, _, flips, *how = inputs_of("load_images", "flip-pad")
+    (x0,) = run("load_images", (images, torch.tensor([-1, 6, 7]), flips, *how))
+    assert x0.isnan().flatten(1).all(1).tolist() == [True, False, True]
+    assert not x0[1].isnan().any()
+
+
+@pytest.mark.parametrize("far", range(4))
 def test_attention_offsets_beyond_32_bits(far, monkeypatch):
     """By stride, of a result in each dimension and of keys that are read from it."""
     monkeypatch.setattr("triton.runtime.interpreter.GridExecutor._restore_args_dev", lambda *_: 0)

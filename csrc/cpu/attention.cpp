@@ -84,6 +84,10 @@ struct Blocks {
     for (int64_t row = 0; row < count; ++row)
       store_row(out + row * columns, 1.0f / sum[row], op.size,
                 at(op.out, batch, head) + (first + row) * op.out.stride[2]);
+    if (!op.lse) return;
+    float* const lse = op.lse + (batch * op.heads + head) * op.queries + first;
+    for (int64_t row = 0; row < count; ++row)
+      lse[row] = op.scale * largest[row] + std::log(sum[row]);
   }
 
   void slab(const T* q, int64_t q_stride, const T* k, const T* v, int64_t keys, bool first,
@@ -99,22 +103,14 @@ struct Blocks {
       const float most = first || here > largest[r] ? here : largest[r];
       shrink[r] = first ? 0.0f : exponential_of_2(to_base_2 * (largest[r] - most));
       largest[r] = most;
-      const float added = exponentials(row, keys, to_base_2, most, weights + r * line);
+      T* const to = weights + r * line;
+      const float added = sizeof(T) == 2 && !op.lse
+                              ? exponentials<3>(row, keys, to_base_2, most, to)
+                              : exponentials<5>(row, keys, to_base_2, most, to);
       sum[r] = first ? added : FD_FMA(sum[r], shrink[r], added);
     }
-    const int64_t terms = round_up(keys, kUnit);
-    for (int64_t column = 0; column < columns;) {
-      const int64_t panel = value_panel(columns - column);
-      const T* from = v + column * terms;
-      const float* scale = first ? nullptr : shrink;
-      if (panel == 3 * kVec)
-        multiply<3>(weights, line, from, terms, out + column, columns, scale);
-      else if (panel == 2 * kVec)
-        multiply<2>(weights, line, from, terms, out + column, columns, scale);
-      else
-        multiply<1>(weights, line, from, terms, out + column, columns, scale);
-      column += panel;
-    }
+    multiply_values(weights, line, v, round_up(keys, kUnit), out, columns,
+                    first ? nullptr : shrink);
   }
 
   void run() const {

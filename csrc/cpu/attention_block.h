@@ -101,19 +101,22 @@ inline float largest_of(const float* x, int64_t count) {
 }
 
 // weights[i] = 2^(scale (x[i] - most)), and 0 after the last up to a whole vector; gives their sum.
+// Where weights are rounded to bfloat16, degree 3 is enough, unless the sum is to be kept.
+template <int degree>
 inline float exponentials(const float* x, int64_t count, float scale, float most, float* weights) {
   __m512 sum = _mm512_setzero_ps();
   const __m512 by = _mm512_set1_ps(scale), less = _mm512_set1_ps(most);
   for (int64_t i = 0; i < count; i += kVec) {
     const __m512 w = _mm512_maskz_mov_ps(
         first_lanes(count - i),
-        power_of_2<5>(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), less), by)));
+        power_of_2<degree>(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), less), by)));
     sum = _mm512_add_ps(sum, w);
     _mm512_storeu_ps(weights + i, w);
   }
   return _mm512_reduce_add_ps(sum);
 }
 
+template <int degree>
 FD_BF16 inline float exponentials(const float* x, int64_t count, float scale, float most,
                                   uint16_t* weights) {
   __m512 sum = _mm512_setzero_ps();
@@ -121,7 +124,7 @@ FD_BF16 inline float exponentials(const float* x, int64_t count, float scale, fl
   for (int64_t i = 0; i < count; i += kVec) {
     const __m512 w = _mm512_maskz_mov_ps(
         first_lanes(count - i),
-        power_of_2<3>(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), less), by)));
+        power_of_2<degree>(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), less), by)));
     sum = _mm512_add_ps(sum, w);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + i), (__m256i)_mm512_cvtneps_pbh(w));
   }
@@ -220,6 +223,23 @@ inline void pack_values(const T* from, int64_t stride, int64_t keys, int64_t siz
         _mm512_storeu_si512(to, values(row, key + 1 < keys ? row + stride : nullptr,
                                        first_lanes(size - c)));
       }
+    column += panel;
+  }
+}
+
+// c[8][columns] = a[8][terms] b, or scale[row] c more; b is packed by pack_values.
+template <class T>
+inline void multiply_values(const T* a, int64_t stride, const T* b, int64_t terms, float* c,
+                            int64_t columns, const float* scale) {
+  for (int64_t column = 0; column < columns;) {
+    const int64_t panel = value_panel(columns - column);
+    const T* from = b + column * terms;
+    if (panel == 3 * kVec)
+      multiply<3>(a, stride, from, terms, c + column, columns, scale);
+    else if (panel == 2 * kVec)
+      multiply<2>(a, stride, from, terms, c + column, columns, scale);
+    else
+      multiply<1>(a, stride, from, terms, c + column, columns, scale);
     column += panel;
   }
 }

@@ -11,6 +11,7 @@
 #include "gemm.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "window.h"
 
 namespace fd {
 namespace FD_ISA {
@@ -26,16 +27,8 @@ struct Convolution {
   static constexpr int64_t kMost = tile == 4 ? 32 : 64;  // tiles of a block
 
   const Conv3x3& op;
-  const int64_t down = (op.height + tile - 1) / tile, across = (op.width + tile - 1) / tile;
-  const int64_t tiles = op.samples * down * across, panels = op.outputs / kPanel;
-
-  struct Place {
-    int64_t sample, row, column;  // of the tile's first output
-  };
-
-  Place place(int64_t t) const {
-    return {t / across / down, t / across % down * tile, t % across * tile};
-  }
+  const Tiles tiling = {tile, op.height, op.width};
+  const int64_t tiles = op.samples * tiling.down * tiling.across, panels = op.outputs / kPanel;
 
   // From position to position, for `rows` tiles: of their input, and of a panel's products.
   int64_t input_stride(int64_t rows) const { return rows * op.inputs + kGap; }
@@ -48,28 +41,19 @@ struct Convolution {
     return static_cast<float*>(scratch<1>(kPositions * product_stride(rows) * sizeof(float)));
   }
 
-  // B^T d B of tile t at each position, `stride` apart. FD_BF16 is for `put`: of float32, there is
+  // B^T d B of tile t at each position, `stride` apart. FD_BF16 is for `store`: of float32, there is
   // nothing in it that needs the instructions.
   FD_BF16 void transform_input(int64_t t, T* to, int64_t stride) const {
-    alignas(64) static constexpr T zeros[kVec] = {};
-    const Place at = place(t);
+    const Tiles::Place at = tiling[t];
     const int64_t scale = op.upsample ? 2 : 1;
-    const T* image = static_cast<const T*>(op.x.data) + at.sample * op.x.stride[0];
-    const T* pixel[kPositions];
-    int64_t moves[kPositions];  // all bits, or none: zeros stay where they are
-    for (int i = 0; i < kPositions; ++i) {
-      const int64_t row = at.row - 1 + i / kSpan, column = at.column - 1 + i % kSpan;
-      const bool inside = row >= 0 && row < op.height && column >= 0 && column < op.width;
-      pixel[i] =
-          inside ? image + row / scale * op.x.stride[2] + column / scale * op.x.stride[3] : zeros;
-      moves[i] = -static_cast<int64_t>(inside);
-    }
+    const Window<T, kSpan> window(op.x, {at.sample, at.row - 1, at.column - 1}, op.height, op.width,
+                                  scale);
     for (int64_t c = 0; c < op.inputs; c += kVec) {
       Vec d[kPositions];
       FD_UNROLL(36)
       for (int i = 0; i < kPositions; ++i) {
-        d[i] = load(pixel[i] + (c & moves[i]));
-        if (i % kSpan >= 2) __builtin_prefetch(pixel[i] + c + tile / scale * op.x.stride[3]);
+        d[i] = load(window.at(i, c));
+        if (i % kSpan >= 2) __builtin_prefetch(window.pixel[i] + c + tile / scale * op.x.stride[3]);
       }
       FD_UNROLL(6)
       for (int k = 0; k < kSpan; ++k) Winograd<tile>::input(d + k, kSpan);
@@ -83,7 +67,7 @@ struct Convolution {
   // A^T m A of tile t for 32 channels from `channel` on, with bias and residual. m: at each
   // position, `stride` apart.
   FD_BF16 void transform_output(int64_t t, int64_t channel, const float* m, int64_t stride) const {
-    const Place at = place(t);
+    const Tiles::Place at = tiling[t];
     const int64_t rows = std::min<int64_t>(tile, op.height - at.row);
     const int64_t columns = std::min<int64_t>(tile, op.width - at.column);
     const auto first = [&](const Operand& o) {

@@ -40,9 +40,10 @@ struct Keep {
 template <class T>
 constexpr int64_t kTerms = sizeof(T) == 4 ? 32 : 256;
 
-// a[rows][depth] b[depth][32], given to `finish` as rows from `row` on. Nothing of it needs the
-// target, but `finish` has to have the same.
-template <int rows, class Finish>
+// a[rows][depth] b[depth][32], given to `finish` as rows from `row` on. In a, rows are `stride`
+// apart and the terms of a sum `along`. Nothing of it needs the target, but `finish` has to have
+// the same.
+template <int rows, int along = 1, class Finish>
 FD_BF16 inline void multiply_rows(const float* a, int64_t stride, const float* b, int64_t depth,
                                   const Finish& finish, int64_t row, Ahead ahead) {
   __m512 sum[rows][2];
@@ -55,7 +56,7 @@ FD_BF16 inline void multiply_rows(const float* a, int64_t stride, const float* b
     const __m512 right = _mm512_loadu_ps(b + k * kPanel + kVec);
     FD_UNROLL(8)
     for (int r = 0; r < rows; ++r) {
-      const __m512 value = _mm512_set1_ps(a[r * stride + k]);
+      const __m512 value = _mm512_set1_ps(a[r * stride + k * along]);
       sum[r][0] = _mm512_fmadd_ps(value, left, sum[r][0]);
       sum[r][1] = _mm512_fmadd_ps(value, right, sum[r][1]);
     }
@@ -64,8 +65,9 @@ FD_BF16 inline void multiply_rows(const float* a, int64_t stride, const float* b
   for (int r = 0; r < rows; ++r) finish(row + r, sum[r][0], sum[r][1]);
 }
 
-// The same in bfloat16, summed in float32. Neighbours of the depth are paired: b[depth / 2][32][2].
-template <int rows, class Finish>
+// The same in bfloat16, summed in float32. Neighbours of the depth are paired, in a too, whatever
+// `along` is: b[depth / 2][32][2].
+template <int rows, int along = 1, class Finish>
 FD_BF16 inline void multiply_rows(const uint16_t* a, int64_t stride, const uint16_t* b,
                                   int64_t depth, const Finish& finish, int64_t row,
                                   Ahead ahead) {
@@ -80,7 +82,7 @@ FD_BF16 inline void multiply_rows(const uint16_t* a, int64_t stride, const uint1
     FD_UNROLL(8)
     for (int r = 0; r < rows; ++r) {
       int32_t pair;
-      memcpy(&pair, a + r * stride + k, sizeof pair);
+      memcpy(&pair, a + r * stride + k * along, sizeof pair);
       const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
       sum[r][0] = _mm512_dpbf16_ps(sum[r][0], value, left);
       sum[r][1] = _mm512_dpbf16_ps(sum[r][1], value, right);

@@ -56,18 +56,22 @@ inline void moments_of(const Rows<Type>& x, const float* shift, float* sums, flo
   }
 }
 
+#if defined(__AVX512F__)
+template <class Type>
+inline bool writes_pieces() {
+  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
+  return !std::is_same_v<Type, Bf16> || has_bf16;
+}
+#endif
+
 // out = a x + b, and SiLU of it.
 template <class Type, bool with_silu>
 inline void map_rows(const Rows<Type>& x, typename Type::T* out, int64_t stride, const float* a,
                      const float* b) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<Type, F32>)
-    return map_pieces<with_silu>(x.at, x.stride, x.count, x.width, out, stride, a, b);
-  if constexpr (std::is_same_v<Type, Bf16>) {
-    static const bool has_bf16 = __builtin_cpu_supports("avx512bf16");
-    if (has_bf16)
+  if constexpr (!std::is_same_v<Type, F16>)
+    if (writes_pieces<Type>())
       return map_pieces<with_silu>(x.at, x.stride, x.count, x.width, out, stride, a, b);
-  }
 #endif
   for (int64_t row = 0; row < x.count; ++row) {
     const auto* r = x.at + row * x.stride;

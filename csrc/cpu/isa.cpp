@@ -7,11 +7,9 @@
 namespace fd {
 namespace {
 
-// In the order of Kernels.
-#define FD_ALL(isa)                                                                          \
-  isa::step, isa::noising, isa::cfg, isa::randn, isa::conv3x3_runs, isa::conv3x3, \
-      isa::group_norm_silu, isa::attention_runs, isa::attention, isa::linear_runs, isa::linear, \
-      isa::weighted_mse, isa::weighted_mse_backward, isa::teacher_step
+#define FD_OF_AVX512(result, name, arguments) avx512::name,
+#define FD_OF_AVX2(result, name, arguments) avx2::name,
+#define FD_OF_SCALAR(result, name, arguments) scalar::name,
 
 // Best first. Each asks for what ninja_build.py compiles it with.
 constexpr Kernels kAll[] = {
@@ -22,11 +20,11 @@ constexpr Kernels kAll[] = {
               __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
      },
-     FD_ALL(avx512)},
+     FD_KERNELS(FD_OF_AVX512)},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     FD_ALL(avx2)},
+     FD_KERNELS(FD_OF_AVX2)},
 #endif
-    {"scalar", [] { return true; }, FD_ALL(scalar)},
+    {"scalar", [] { return true; }, FD_KERNELS(FD_OF_SCALAR)},
 };
 
 }  // namespace

@@ -4,8 +4,9 @@
 #include "../attention.h"
 #include "../cfg.h"
 #include "../conv3x3.h"
-#include "../group_norm_silu.h"
+#include "../group_norm_silu_backward.h"
 #include "../linear.h"
+#include "../load_images.h"
 #include "../noising.h"
 #include "../randn.h"
 #include "../step.h"
@@ -14,23 +15,34 @@
 
 namespace fd {
 
+// Every kernel, once: FD_KERNELS(each) is each(result, name, arguments) ...
+#define FD_KERNELS(each)                                            \
+  each(void, step, Step)                                            \
+  each(void, noising, Noising)                                      \
+  each(void, cfg, Cfg)                                              \
+  each(void, randn, Randn)                                          \
+  each(bool, conv3x3_runs, DType)                                   \
+  each(void, conv3x3, Conv3x3)                                      \
+  each(void, conv3x3_weight_gradient, Conv3x3WeightGradient)        \
+  each(void, pack_conv3x3, PackConv3x3)                             \
+  each(void, group_norm_silu, GroupNormSilu)                        \
+  each(void, group_norm_silu_backward, GroupNormSiluBackward)       \
+  each(bool, attention_runs, DType)                                 \
+  each(void, attention, Attention)                                  \
+  each(void, attention_backward, AttentionBackward)                 \
+  each(bool, linear_runs, DType)                                    \
+  each(void, linear, Linear)                                        \
+  each(void, weighted_mse, WeightedMse)                             \
+  each(void, weighted_mse_backward, WeightedMseBackward)            \
+  each(void, teacher_step, TeacherStep)                             \
+  each(void, load_images, LoadImages)
+
 struct Kernels {
   const char* isa;
   bool (*runs_here)();
-  void (*step)(Step);
-  void (*noising)(Noising);
-  void (*cfg)(Cfg);
-  void (*randn)(Randn);
-  bool (*conv3x3_runs)(DType);
-  void (*conv3x3)(Conv3x3);
-  void (*group_norm_silu)(GroupNormSilu);
-  bool (*attention_runs)(DType);
-  void (*attention)(Attention);
-  bool (*linear_runs)(DType);
-  void (*linear)(Linear);
-  void (*weighted_mse)(WeightedMse);
-  void (*weighted_mse_backward)(WeightedMseBackward);
-  void (*teacher_step)(TeacherStep);
+#define FD_POINTER(result, name, arguments) result (*name)(arguments);
+  FD_KERNELS(FD_POINTER)
+#undef FD_POINTER
 };
 
 // The best for this machine, or the named one. invalid_argument for a name that is unknown or that
@@ -38,26 +50,16 @@ struct Kernels {
 const Kernels& kernels(const char* isa);
 
 // Where the files of this folder, compiled with one of these as FD_ISA, put their kernel.
-#define FD_DECLARE(isa) \
-  namespace isa {       \
-  void step(Step);      \
-  void noising(Noising); \
-  void cfg(Cfg);        \
-  void randn(Randn);    \
-  bool conv3x3_runs(DType); \
-  void conv3x3(Conv3x3); \
-  void group_norm_silu(GroupNormSilu); \
-  bool attention_runs(DType); \
-  void attention(Attention); \
-  bool linear_runs(DType); \
-  void linear(Linear); \
-  void weighted_mse(WeightedMse); \
-  void weighted_mse_backward(WeightedMseBackward); \
-  void teacher_step(TeacherStep); \
-  }
-FD_DECLARE(scalar)
-FD_DECLARE(avx2)
-FD_DECLARE(avx512)
+#define FD_DECLARE(result, name, arguments) result name(arguments);
+namespace scalar {
+FD_KERNELS(FD_DECLARE)
+}
+namespace avx2 {
+FD_KERNELS(FD_DECLARE)
+}
+namespace avx512 {
+FD_KERNELS(FD_DECLARE)
+}
 #undef FD_DECLARE
 
 }  // namespace fd

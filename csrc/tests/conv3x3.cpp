@@ -11,55 +11,42 @@ namespace {
 
 using namespace fd;
 
-// G g G^T of 3 numbers along a line: what fastdiff/ops/conv3x3.py makes for both tiles.
-void transform(int64_t tile, const double* g, double* u) {
-  const double p = std::sqrt(0.5), q = std::sqrt(2.0), even = g[0] + g[2];
-  if (tile == 2) {
-    const double all[] = {g[0], (even + g[1]) / 2, (even - g[1]) / 2, g[2]};
-    std::copy(all, all + 4, u);
-    return;
-  }
-  const double half = -(g[0] + g[2] / 2) / 1.5, whole = (g[0] + 2 * g[2]) / 6;
-  const double all[] = {g[0],          half - p * g[1] / 1.5, half + p * g[1] / 1.5,
-                        whole + q * g[1] / 6, whole - q * g[1] / 6,   g[2]};
-  std::copy(all, all + 6, u);
-}
+// How a weight lies in memory: as torch's, as an image, or as that of which it is the transpose.
+enum class Order { contiguous, channels_last, turned };
 
 struct Weight {
-  std::vector<double> direct;   // [outputs][inputs][3][3]
-  std::vector<float> wide;      // packed
-  std::vector<uint16_t> narrow;
+  std::vector<float> taps;
+  int64_t stride[3];  // of outputs, inputs and taps
+  bool turned;
 
-  Weight(int64_t outputs, int64_t inputs, int64_t tile) : direct(outputs * inputs * 9) {
+  Weight(int64_t outputs, int64_t inputs, Order order)
+      : taps(outputs * inputs * 9), turned(order == Order::turned) {
     uint64_t state = 7;
-    for (double& g : direct) {
+    for (float& g : taps) {
       state = state * 6364136223846793005u + 1442695040888963407u;
-      g = static_cast<double>(static_cast<int64_t>(state)) * 0x1p-63 / std::sqrt(inputs);
+      g = static_cast<float>(static_cast<int64_t>(state) * 0x1p-63 / std::sqrt(inputs));
     }
-    const int64_t span = tile + 2, positions = span * span;
-    wide.resize(outputs * inputs * positions);
-    narrow.resize(wide.size());
-    for (int64_t k = 0; k < outputs; ++k)
-      for (int64_t c = 0; c < inputs; ++c) {
-        const double* g = &direct[(k * inputs + c) * 9];
-        double lines[3][6], column[3], u[6];
-        for (int i = 0; i < 3; ++i) transform(tile, g + 3 * i, lines[i]);
-        for (int64_t j = 0; j < span; ++j) {
-          for (int i = 0; i < 3; ++i) column[i] = lines[i][j];
-          transform(tile, column, u);
-          for (int64_t i = 0; i < span; ++i) {
-            const int64_t line = (k / 32 * positions + i * span + j) * inputs;
-            wide[(line + c) * 32 + k % 32] = static_cast<float>(u[i]);
-            narrow[(line + c / 2 * 2) * 32 + k % 32 * 2 + c % 2] =
-                to_bf16(static_cast<float>(u[i]));
-          }
-        }
-      }
+    const bool last = order == Order::channels_last;
+    const int64_t all[] = {turned ? 9 : 9 * inputs, last ? 1 : turned ? 9 * outputs : 9,
+                           last ? inputs : 1};
+    std::copy(all, all + 3, stride);
+  }
+
+  double operator()(int64_t k, int64_t c, int64_t i) const {
+    return taps[k * stride[0] + c * stride[1] + (turned ? 8 - i : i) * stride[2]];
+  }
+
+  std::vector<float> packed(const Kernels& kernels, int64_t outputs, int64_t inputs, int64_t tile,
+                            DType dtype) const {
+    std::vector<float> made(outputs * inputs * (tile + 2) * (tile + 2) * bytes_of(dtype) / 4);
+    kernels.pack_conv3x3({outputs, inputs, tile, turned, dtype, taps.data(),
+                          {stride[0], stride[1], stride[2]}, made.data()});
+    return made;
   }
 };
 
 void test(const Kernels& kernels, DType dtype, int64_t tile, const Size& out_size, int64_t inputs,
-          bool upsample, bool whole) {
+          bool upsample, bool whole, Order order = Order::contiguous) {
   const int64_t samples = out_size.of[0], outputs = out_size.of[1];
   const int64_t height = out_size.of[2], width = out_size.of[3], scale = upsample ? 2 : 1;
   const Size size = {{samples, inputs, height / scale, width / scale}};
@@ -68,10 +55,9 @@ void test(const Kernels& kernels, DType dtype, int64_t tile, const Size& out_siz
   Field out(out_size, dtype, layout);
   std::vector<float> bias(samples * outputs);
   for (size_t i = 0; i < bias.size(); ++i) bias[i] = static_cast<float>(i % 7) - 3;
-  const Weight weight(outputs, inputs, tile);
-  const void* packed = weight.wide.data();
-  if (dtype == DType::bf16) packed = weight.narrow.data();
-  kernels.conv3x3({samples, height, width, outputs, inputs, tile, upsample, dtype, packed,
+  const Weight weight(outputs, inputs, order);
+  const std::vector<float> packed = weight.packed(kernels, outputs, inputs, tile, dtype);
+  kernels.conv3x3({samples, height, width, outputs, inputs, tile, upsample, dtype, packed.data(),
                    whole ? bias.data() : nullptr, outputs, x.operand(),
                    whole ? residual.operand() : Operand{}, out.operand()});
 
@@ -83,8 +69,7 @@ void test(const Kernels& kernels, DType dtype, int64_t tile, const Size& out_siz
       const int64_t r = row + i / 3 - 1, q = column + i % 3 - 1;
       if (r < 0 || r >= height || q < 0 || q >= width) continue;
       const int64_t at = r / scale * w + q / scale;
-      const double* g = &weight.direct[k * inputs * 9 + i];
-      for (int64_t c = 0; c < inputs; ++c) sum += g[c * 9] * x.get(s, c * h * w + at);
+      for (int64_t c = 0; c < inputs; ++c) sum += weight(k, c, i) * x.get(s, c * h * w + at);
     }
     return sum;
   });
@@ -99,6 +84,39 @@ void test(const Kernels& kernels, DType dtype, int64_t tile, const Size& out_siz
         static_cast<int>(inputs), upsample, whole, error);
 }
 
+void test_gradient(const Kernels& kernels, DType dtype, int64_t tile, const Size& size,
+                   int64_t inputs) {
+  const int64_t samples = size.of[0], outputs = size.of[1], height = size.of[2];
+  const int64_t width = size.of[3], pixels = height * width;
+  Field x({{samples, inputs, height, width}}, dtype, Layout::channels_last, 1);
+  Field grad(size, dtype, Layout::channels_last, 2);
+  std::vector<float> out(outputs * inputs * 9, NAN);
+  kernels.conv3x3_weight_gradient({samples, height, width, outputs, inputs, tile, dtype, out.data(),
+                                   x.operand(), grad.operand()});
+
+  double worst = 0;
+  for (int64_t e = 0; e < static_cast<int64_t>(out.size()); ++e) {
+    const int64_t k = e / 9 / inputs, c = e / 9 % inputs, down = e % 9 / 3 - 1, right = e % 3 - 1;
+    double sum = 0;
+    for (int64_t s = 0; s < samples; ++s)
+      for (int64_t p = 0; p < pixels; ++p) {
+        const int64_t r = p / width + down, q = p % width + right;
+        if (r < 0 || r >= height || q < 0 || q >= width) continue;
+        sum += grad.get(s, k * pixels + p) * x.get(s, c * pixels + r * width + q);
+      }
+    const double error = std::abs(out[e] - sum);
+    if (!(error <= worst)) worst = error;
+  }
+  // Six sigma of a sum of products of variance 16/9, with the relative error measured of the worst
+  // tap.
+  const double relative = dtype == DType::f32 ? 1e-6 : tile == 4 ? 2e-2 : 4e-3;
+  const double tolerance = 6 * relative * 4 / 3 * std::sqrt(samples * pixels);
+  CHECK(worst <= tolerance, "%s gradient dtype=%d tile=%d %dx%dx%dx%d %d: %g", kernels.isa,
+        static_cast<int>(dtype), static_cast<int>(tile), static_cast<int>(samples),
+        static_cast<int>(outputs), static_cast<int>(height), static_cast<int>(width),
+        static_cast<int>(inputs), worst);
+}
+
 }  // namespace
 
 void test_conv3x3(const fd::Kernels& kernels) {
@@ -111,6 +129,12 @@ void test_conv3x3(const fd::Kernels& kernels) {
       test(kernels, dtype, tile, {{1, 96, 4, 4}}, 272, false, false);   // panels for threads
       test(kernels, dtype, tile, {{3, 32, 33, 18}}, 32, false, false);  // blocks for threads
       test(kernels, dtype, tile, {{0, 32, 4, 4}}, 16, false, false);
+      test(kernels, dtype, tile, {{1, 64, 5, 5}}, 32, false, false, Order::channels_last);
+      test(kernels, dtype, tile, {{1, 64, 5, 5}}, 32, false, false, Order::turned);
+      test_gradient(kernels, dtype, tile, {{1, 32, 1, 1}}, 16);
+      test_gradient(kernels, dtype, tile, {{3, 64, 5, 7}}, 48);
+      test_gradient(kernels, dtype, tile, {{1, 32, 6, 5}}, 304);  // shares of the inputs
+      test_gradient(kernels, dtype, tile, {{0, 32, 4, 4}}, 16);
     }
   }
 }

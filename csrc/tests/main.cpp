@@ -20,11 +20,14 @@ int main() {
       test_cfg(kernels);
       test_conv3x3(kernels);
       test_group_norm_silu(kernels);
+      test_group_norm_silu_backward(kernels);
       test_attention(kernels);
+      test_attention_backward(kernels);
       test_linear(kernels);
       test_weighted_mse(kernels);
       test_weighted_mse_of_nothing(kernels);
       test_teacher_step(kernels);
+      test_load_images(kernels);
       std::printf("%s: tested\n", isa);
     } catch (const std::invalid_argument& error) {
       std::printf("%s: not tested: %s\n", isa, error.what());

@@ -85,8 +85,9 @@ def _read_hip(asm: Any) -> _Machine:
     accesses = re.findall(r"\t(buffer|global)_(?:load|store)_(\w+)", text)
     buffered = any(kind == "buffer" for kind, _ in accesses)
     widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16}
+    widths |= {"ubyte": 8}
     counts = Counter(
-        widths[unit.removesuffix("_d16_hi")]
+        widths[unit.partition("_d16")[0]]
         for kind, unit in accesses
         if kind == "buffer" or not buffered
     )

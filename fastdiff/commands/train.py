@@ -2,7 +2,9 @@
 
 A recipe is a JSON file of four parts: "model" (UNetConfig's fields), "schedule" (a
 constructor of NoiseSchedule), "data" (a reader and its arguments) and "train" (TrainConfig's
-fields). Flags override the last. Ctrl-C saves and stops; --resume continues.
+fields). Flags override the last. Ctrl-C or SIGTERM saves and stops; --resume continues.
+
+On several GPUs or processes: torchrun --nproc-per-node 8 -m fastdiff train ...
 """
 
 from __future__ import annotations
@@ -11,21 +13,20 @@ import argparse
 import inspect
 import json
 import re
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..data import ImageSet, fashion_mnist, npz_images
+from ..data import READERS
 from ..errors import one_of
 from ..models import UNet, UNetConfig
 from ..schedule import NoiseSchedule
 from ..train import TrainConfig, Trainer
+from ..train.distributed import LostWorker, processes
 
 _PARTS = ("model", "schedule", "data", "train")
-_READERS: dict[str, Callable[..., ImageSet]] = {"fashion-mnist": fashion_mnist, "npz": npz_images}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     said = dict(re.findall(r"^ +(\w+): ((?:.|\n {9,})+)", TrainConfig.__doc__ or "", re.MULTILINE))
     flags = parser.add_argument_group("instead of the recipe's")
     for field in fields(TrainConfig):
-        kind = type(field.default)
+        kind: dict[str, Any] = {"type": type(field.default)}
+        if kind["type"] is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif "tuple" in str(field.type):
+            kind["nargs"] = "+"
         flags.add_argument(
             "--" + field.name.replace("_", "-"),
             default=None,
             help=" ".join(said.get(field.name, "").split()).replace("%", "%%"),
-            **({"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}),
+            **kind,
         )
 
 
@@ -54,23 +59,25 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.from_json({**recipe["train"], **overrides})
     options = dict(recipe["data"])
     reader = options.pop("name", None)
-    one_of(f"{args.config}: data name", reader, _READERS)
+    one_of(f"{args.config}: data name", reader, READERS)
     source = () if args.data is None else (args.data,)
     try:
-        inspect.signature(_READERS[reader]).bind(*source, **options)
+        inspect.signature(READERS[reader]).bind(*source, **options)
     except TypeError as error:
         raise ValueError(f"{args.config}: data {reader!r}: {error}") from None
-    data = _READERS[reader](*source, **options)
-    torch.manual_seed(config.seed)
-    model = UNet(UNetConfig.from_json(recipe["model"])).to(args.device)
+    data = READERS[reader](*source, **options)
     schedule = NoiseSchedule.from_json(recipe["schedule"])
-    trainer = Trainer(model, schedule, data, config, args.out)
-    try:
-        trainer.fit(resume=args.resume)
-    except FloatingPointError as error:
-        raise ValueError(str(error)) from None
+    with processes(args.device) as device:
+        torch.manual_seed(config.seed)
+        model = UNet(UNetConfig.from_json(recipe["model"])).to(device)
+        trainer = Trainer(model, schedule, data, config, args.out)
+        try:
+            trainer.fit(resume=args.resume)
+        except (FloatingPointError, ImportError, LostWorker) as error:
+            raise ValueError(str(error)) from None
     done = trainer.step == config.steps
-    print(f"{'finished' if done else 'stopped'} at step {trainer.step}: {args.out}")
+    if trainer.leads:
+        print(f"{'finished' if done else 'stopped'} at step {trainer.step}: {args.out}")
     return 0 if done else 130
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,6 +107,19 @@ def _is_in_place(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+@contextmanager
+def _in_plain_torch(model: nn.Module) -> Iterator[None]:
+    """Blocks that `UNet.fuse_blocks` had run on our ops are calls of torch meanwhile."""
+    fused = [m for m in model.modules() if getattr(m, "fused", None) is True]
+    for module in fused:
+        module.fused = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused = True  # type: ignore[assignment]
+
+
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
     """The graph of model(*args, **kwargs) for such tensors, whatever their values.
 
@@ -114,7 +128,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         TypeError, ValueError: the model does not take them.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _in_plain_torch(model):
             program = torch.export.export(model, args, kwargs, strict=False)
             if any(_is_in_place(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})

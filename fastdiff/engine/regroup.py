@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.conv3x3 import CHANNELS, PANEL
-from ..ops.conv3x3 import available as conv3x3_available
+from ..ops.pack_conv3x3 import CHANNELS, PANEL
+from ..ops.pack_conv3x3 import available as conv3x3_available
 from . import layers
 from .capture import VIEWS, Captured, Constant, Node, shape
 from .rewrite import calls, put

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .config import UNetConfig
+from .conv import Conv3x3
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,7 +46,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -64,16 +65,16 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Module):
-    """A block that runs in plain torch, or, once `compile_fused` was called, on our ops.
+    """A block that runs in plain torch, or, where `fused` is set, on our ops.
 
-    The two are equal to rounding and have the same gradients.
+    The two are equal to rounding and have the same gradients; only plain torch has second
+    derivatives, and traces to the graph that `fastdiff.optimize` knows.
     """
 
     fused = False
 
-    def compile_fused(self, **options: Any) -> None:
-        """Compile the block as one graph around our ops; options are those of torch.compile."""
-        self.fused = True
+    def compile_whole(self, **options: Any) -> None:
+        """Compile the block as one graph; options are those of torch.compile."""
         # each block has a cache of its own: a network's blocks have more sizes than one holds
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
             options = {"isolate_recompiles": True, **options}
@@ -104,14 +105,14 @@ class ResBlock(Block):
         self.gain = math.sqrt(0.5) if config.rescale_residual else None
         width = out_channels * (2 if config.scale_shift else 1)
         self.in_layers = nn.Sequential(
-            group_norm(channels, config), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            group_norm(channels, config), nn.SiLU(), Conv3x3(channels, out_channels)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(config.embedding_channels, width))
         self.out_layers = nn.Sequential(
             group_norm(out_channels, config),
             nn.SiLU(),
             nn.Dropout(config.dropout),
-            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zeroed(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = (
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -124,18 +125,19 @@ class ResBlock(Block):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, act, conv = self.in_layers
-        h = conv(self._resampled(norm_silu(norm, x) if self.fused else act(norm(x))))
-        x = self.skip_connection(self._resampled(x))
-        h = self._modulated(h, self.emb_layers(emb))
+        h = self._resampled(norm_silu(norm, x) if self.fused else act(norm(x)))
+        emb = self.emb_layers(emb)
+        h = self._modulated(conv(h), emb) if self.scale_shift else self._normed(conv(h, emb))
         _, _, dropout, conv = self.out_layers
-        h = conv(dropout(h))
-        return x + h if self.gain is None else (x + h) * self.gain
+        h = conv(dropout(h), residual=self.skip_connection(self._resampled(x)))
+        return h if self.gain is None else h * self.gain
+
+    def _normed(self, h: Tensor) -> Tensor:
+        norm, act = self.out_layers[0], self.out_layers[1]
+        return norm_silu(norm, h) if self.fused else act(norm(h))
 
     def _modulated(self, h: Tensor, emb: Tensor) -> Tensor:
         norm, act = self.out_layers[0], self.out_layers[1]
-        if not self.scale_shift:
-            h = h + emb[:, :, None, None]
-            return norm_silu(norm, h) if self.fused else act(norm(h))
         scale, shift = emb.chunk(2, dim=1)
         if self.fused:
             return norm_silu(norm, h, scale=scale, shift=shift)

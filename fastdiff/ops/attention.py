@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
-from .layout import _C, DTYPES, element_bytes
+from .layout import _C, DTYPES, Operand, element_bytes
 
 
 def reference(
@@ -65,14 +65,27 @@ def _described(
     out: Tensor,
     lse: Tensor | None,
 ) -> tuple[Any, ...] | None:
-    batch, heads, queries, size = q.shape
-    keys = k.shape[2]
-    if with_lse or size > 512 or size % 8 or not keys or not _C.attention_runs(DTYPES[q.dtype]):
+    operands = operands_of(q, k, v, out)
+    if not operands:
         return None
-    if any(t.stride(3) != 1 for t in (q, k, v, out)):
+    return *size_of(q, k), scale, 0 if lse is None else lse.data_ptr(), operands
+
+
+def operands_of(*tensors: Tensor) -> list[Operand] | None:
+    """The operands of [N, heads, tokens, size], or None where the CPU's kernels take none."""
+    dtype, size = tensors[0].dtype, tensors[0].shape[3]
+    if size > 512 or size % 8 or not _C.attention_runs(DTYPES[dtype]):
         return None
-    operands = [(t.data_ptr(), DTYPES[t.dtype], (*t.stride()[:3], 0)) for t in (q, k, v, out)]
-    return (batch, heads, queries, keys), size, scale, operands
+    if any(t.stride(3) != 1 or t.dtype != dtype or not t.shape[2] for t in tensors):
+        return None
+    return [
+        (t.data_ptr(), DTYPES[dtype], (t.stride(0), t.stride(1), t.stride(2), 0)) for t in tensors
+    ]
+
+
+def size_of(q: Tensor, k: Tensor) -> tuple[tuple[int, int, int, int], int]:
+    """(samples, heads, queries, keys), and the size of a head."""
+    return (q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q.shape[3]
 
 
 def _cases() -> list[Case]:
@@ -160,7 +173,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
     Differentiable once, with respect to q, k and v. On a GPU heads of any size are ours; on the
     CPU those of a multiple of 8, up to 512, in float32 and bfloat16, where it has AVX-512 (for
-    bfloat16 its dot product too) and no gradient is needed. The rest is left to torch.
+    bfloat16 its dot product too), with their gradients. The rest is left to torch.
 
     Args:
         q: [N, heads, tokens, size], float32, bfloat16 or float16, of any strides: views of

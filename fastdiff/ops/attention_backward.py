@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..op import Case, Op
 from . import attention
-from .attention import token_major
+from .attention import operands_of, size_of, token_major
 from .layout import element_bytes
 
 
@@ -42,6 +42,33 @@ def _allocate(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return token_major(q), token_major(k), token_major(v)
+
+
+def _described(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *gradients: Tensor,
+) -> tuple[Any, ...] | None:
+    operands = operands_of(q, k, v, out, grad, *gradients)
+    if not operands or not lse.is_contiguous():
+        return None
+    return *size_of(q, k), scale, lse.data_ptr(), operands
+
+
+def _by_copy(*args: Any) -> None:
+    """Brings together the elements of heads, and what the kernel does not take to the reference."""
+    tensors, lse, scale, gradients = args[:5], args[5], args[6], args[7:]
+    adjacent = [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
+    if operands_of(*adjacent, *gradients):
+        OP.launcher("cpu")(*adjacent, lse.contiguous(), scale, *gradients)
+    else:
+        for to, value in zip(gradients, reference(*args[:7]), strict=True):
+            to.copy_(value)
 
 
 def _cases() -> list[Case]:
@@ -75,6 +102,8 @@ OP = Op(
     outputs=("grad_q", "grad_k", "grad_v"),
     reference=reference,
     allocate=_allocate,
+    described=_described,
+    otherwise=_by_copy,
     cases=_cases,
     flops=lambda grad, q, k, v, out, lse, scale: 10 * q.numel() * k.shape[2],
     moved=lambda grad, q, k, v, out, lse, scale: element_bytes(grad, out, lse, *2 * (q, k, v)),

@@ -1,74 +1,25 @@
-"""The 3x3 convolution of stride 1 and padding 1, for inference, by Winograd's minimal filtering.
+"""The 3x3 convolution of stride 1 and padding 1 by Winograd's minimal filtering.
 
     Y = A^T [ sum_c (G g_c G^T) * (B^T d_c B) ] A         * is element by element
 
 makes a tile of m x m outputs from (m + 2) x (m + 2) inputs d with (m + 2)^2 products a channel
-where the sum itself takes 9 m^2 (Lavin & Gray 2016, eq. 8). G g G^T is made once, by `pack`. Of
-the points that B, G and A belong to, F(4x4) has 0, +-1/sqrt 2, +-sqrt 2 and infinity: half the
-rounding error of the usual 0, +-1, +-2. Transforms and sums are float32; with bfloat16 the
-transformed weight and input are each rounded once. Layout: channels-last.
+where the sum itself takes 9 m^2 (Lavin & Gray 2016, eq. 8). G g G^T is what `pack_conv3x3` makes.
+Transforms and sums are float32; with bfloat16 the transformed weight and input are each rounded
+once. Layout: channels-last.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import errors
 from ..op import Case, Op
-from .layout import _C, DTYPES, element_bytes
-
-CHANNELS, PANEL = 16, 32  # the kernel's steps through the input and output channels
-_POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))}
-
-
-@cache
-def matrices(tile: int) -> tuple[Tensor, Tensor, Tensor]:
-    """B^T, G and A^T in float64: Toom-Cook at the finite points a_i, and at infinity.
-
-    With M(x) = prod_i (x - a_i), row i of B^T holds the coefficients of M / (x - a_i), row i of G
-    (1, a_i, a_i^2) / M'(a_i) and column i of A^T the powers of a_i.
-    """
-    points, span = _POINTS[tile], tile + 2
-    B, G, A = np.zeros((span, span)), np.zeros((span, 3)), np.zeros((tile, span))
-    for i, a in enumerate(points):
-        others = [b for b in points if b != a]
-        sign = -1.0 if tile == 2 and i == 0 else 1.0  # or the first row of B^T would be negative
-        B[i, : span - 1] = sign * np.poly(others)[::-1]
-        G[i] = sign * np.array([1.0, a, a * a]) / np.prod([a - b for b in others])
-        A[:, i] = [a**k for k in range(tile)]
-    B[-1], G[-1, 2], A[-1, -1] = np.poly(points)[::-1], 1.0, 1.0
-    return torch.tensor(B), torch.tensor(G), torch.tensor(A)
-
-
-def pack(weight: Tensor, tile: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [K, C, 3, 3] of a convolution, transformed for tiles of 2x2 or 4x4 outputs.
-
-    K must be a multiple of 32 and C of 16. Tiles of 2 take 1.8 times the weight's memory, tiles of
-    4 take 4 times. In bfloat16, 2 is the choice: 4 has six times the error of a direct
-    convolution. TypeError or ValueError for anything else.
-    """
-    errors.is_tensor("weight", weight)
-    errors.one_of("tile", tile, _POINTS)
-    errors.one_of("dtype", dtype, (torch.float32, torch.bfloat16))
-    shape = tuple(weight.shape)
-    if len(shape) != 4 or shape[2:] != (3, 3) or shape[0] % PANEL or shape[1] % CHANNELS:
-        raise ValueError(
-            f"weight: has shape {shape}, must be (K, C, 3, 3) with K a multiple of {PANEL} and C "
-            f"of {CHANNELS}; leave other convolutions to torch"
-        )
-    G = matrices(tile)[1].to(weight.device)
-    K, C = shape[:2]
-    taps = weight.detach().double().reshape(K // PANEL, PANEL, C, 9).permute(0, 3, 2, 1)
-    if dtype == torch.bfloat16:  # the dot product's instruction takes neighbours of the sum
-        taps = taps.unflatten(2, (C // 2, 2)).transpose(3, 4)
-    U = torch.kron(G, G) @ taps.flatten(2)
-    return U.to(dtype).unflatten(2, taps.shape[2:])
+from .layout import DTYPES, element_bytes
+from .pack_conv3x3 import CHANNELS, PANEL, available, matrices, pack_conv3x3
 
 
 def _tile(weight: Tensor) -> int:
@@ -146,11 +97,6 @@ def _described(
     return size, DTYPES[x.dtype], weight.data_ptr(), bias_address, operands
 
 
-def available(dtype: torch.dtype) -> bool:
-    """Whether the kernel runs here: AVX-512, for bfloat16 with its dot product. Else use torch."""
-    return _C is not None and dtype in DTYPES and _C.conv3x3_runs(DTYPES[dtype])
-
-
 def _cases() -> list[Case]:
     def case(
         name: str,
@@ -176,7 +122,7 @@ def _cases() -> list[Case]:
             bias = (K,) if "bias" in takes else (N, K) if "each" in takes else None
             return (
                 image(C, scale),
-                pack(weight, tile, dtype),
+                pack_conv3x3(weight, tile, dtype),
                 draw(*bias, dtype=torch.float32) if bias else None,
                 image(K) if "residual" in takes else None,
                 scale == 2,

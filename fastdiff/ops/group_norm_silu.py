@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
-from .layout import DTYPES, element_bytes
+from .layout import DTYPES, Operand, element_bytes
 
 
 def reference(
@@ -62,6 +62,25 @@ def strides_of(x: Tensor) -> tuple[int, int, int, int] | None:
     return sample, 1 if x.shape[1] == 1 and pixels == 1 else channel, pixel, 0
 
 
+def walked(*images: Tensor) -> list[Operand] | None:
+    """The operands of images of one shape, or None where kernels do not walk them together."""
+    strides = [s for s in map(strides_of, images) if s]
+    together = any(all(s[d] == 1 for s in strides) for d in (1, 2))
+    if not together or len(strides) < len(images):
+        return None
+    return [(t.data_ptr(), DTYPES[t.dtype], s) for t, s in zip(images, strides, strict=True)]
+
+
+def of_channels(*parameters: Tensor | None) -> list[Operand | None]:
+    """The operands of tensors [C] and [N, C]."""
+    return [
+        None
+        if t is None
+        else (t.data_ptr(), DTYPES[t.dtype], (t.stride(0) * (t.dim() - 1), t.stride(-1), 0, 0))
+        for t in parameters
+    ]
+
+
 def _described(
     x: Tensor,
     groups: int,
@@ -73,21 +92,11 @@ def _described(
     silu: bool,
     out: Tensor,
 ) -> tuple[Any, ...] | None:
-    here, there = strides_of(x), strides_of(out)
-    if not here or not there or not any(here[d] == there[d] == 1 for d in (1, 2)):
+    images = walked(x, out)
+    if not images:
         return None
-    parameters = (
-        None if t is None else (t.data_ptr(), DTYPES[t.dtype], (0, t.stride(0), 0, 0))
-        for t in (weight, bias)
-    )
-    adaptive = (
-        None if t is None else (t.data_ptr(), DTYPES[t.dtype], (*t.stride(), 0, 0))
-        for t in (scale, shift)
-    )
-    image = (x.data_ptr(), DTYPES[x.dtype], here)
-    result = (out.data_ptr(), DTYPES[x.dtype], there)
     size = *x.shape[:2], x.shape[2:].numel(), groups
-    return size, eps, silu, [image, *parameters, *adaptive, result]
+    return size, eps, silu, [images[0], *of_channels(weight, bias, scale, shift), images[1]]
 
 
 def _by_copy(x: Tensor, *args: Any) -> None:

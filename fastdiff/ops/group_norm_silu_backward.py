@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..op import Case, Op
 from . import group_norm_silu
+from .group_norm_silu import of_channels, walked
 from .layout import element_bytes
 
 
@@ -89,6 +90,38 @@ def _allocate(
     )
 
 
+def _described(
+    grad: Tensor,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    parameters: bool,
+    grad_x: Tensor,
+    *gradients: Tensor | None,
+) -> tuple[Any, ...] | None:
+    images = walked(x, grad_x, grad)
+    if not images or grad.dtype != x.dtype:
+        return None
+    size = *x.shape[:2], x.shape[2:].numel(), groups
+    given = of_channels(weight, bias, scale, shift)
+    return size, eps, silu, [images[0], *given, *images[1:], *of_channels(*gradients)]
+
+
+def _by_copy(grad: Tensor, x: Tensor, *args: Any) -> None:
+    """For gradients that do not lie as x does, and for layouts that no network has."""
+    grad_x = args[8]
+    if not walked(x):
+        x = x.contiguous()
+    grad, to = torch.empty_like(x).copy_(grad), torch.empty_like(x)
+    OP.launcher("cpu")(grad, x, *args[:8], to, *args[9:])
+    grad_x.copy_(to)
+
+
 def _cases() -> list[Case]:
     """Those of the forward op, with a gradient like its output; and a few of its own."""
 
@@ -128,6 +161,8 @@ OP = Op(
     outputs=("grad_x", "grad_weight?", "grad_bias?", "grad_scale?", "grad_shift?"),
     reference=reference,
     allocate=_allocate,
+    described=_described,
+    otherwise=_by_copy,
     cases=_cases,
     moved=_moved,
 )

@@ -139,13 +139,15 @@ def noising(
     seed: int | Sequence[int] | None = None,
     *,
     row: int = 0,
+    first_index: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Noise clean data to timestep t; return (x_t, target), both as x0.
 
     x0: [B, ...] float32, bfloat16 or float16. t: int64 [B] in [0, len(schedule)). `prediction`
     picks the target: "eps", "x0", "v" or "score". The noise is `noise` (like x0), or is made in
-    the kernel from `seed` (an int, or one a sample) and `row`, say the training step; with
-    neither, from a seed that torch's CPU generator draws. Differentiable in x0 and noise.
+    the kernel from `seed` (an int, or one a sample) and `row`, say the training step; sample k
+    uses the stream (seed, first_index + k), so that a batch can be noised in parts. With neither,
+    from a seed that torch's CPU generator draws. Differentiable in x0 and noise.
     ValueError or TypeError for other shapes, dtypes, devices, or t out of range (on the CPU: a
     GPU's t is not read back).
     """
@@ -162,7 +164,7 @@ def noising(
     else:
         if seed is None:
             seed = int(torch.randint(1 << 62, ()))
-        streams = streams_of(seed, len(x0), device=x0.device)
+        streams = streams_of(seed, len(x0), first_index, device=x0.device)
     table = _coefficients(schedule, prediction, x0.device)
     return OP.call(x0, t.contiguous(), table, noise, streams, row)
 

@@ -1,0 +1,238 @@
+"""Measure how good a model's images are, beside real images, blurred ones and noise.
+
+Writes report.json, report.md, pictures and the images into --out. FD falls with the number of
+images: compare reports of equal --samples alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import load
+from ..data import ImageSet, fashion_mnist, npz_images
+from ..engine import optimize
+from ..evaluate.classifier import SHIPPED, framed, load_classifier
+from ..evaluate.draw import draw_samples
+from ..evaluate.inception import inception_features
+from ..evaluate.judge import Judge, balanced, blurred, uniform_noise
+from ..evaluate.report import (
+    BLURRED,
+    NOISE,
+    REAL,
+    bits_said,
+    neighbour_picture,
+    sample_picture,
+    table,
+    write_report,
+)
+from ..losses import BitsPerDim, bits_per_dim
+from ..models.classifier import Classifier
+from .sample import SAMPLERS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="fashion-mnist", help="a shipped name, a folder or a .safetensors file")
+    add("--images", type=Path, help="measure these instead: an .npz as fastdiff sample writes it")
+    add("--samples", type=int, default=10_000, help="images of each kind (default 10000)")
+    add("--sampler", default="ddim", choices=SAMPLERS)
+    add("--steps", type=int, default=50, help="steps of the sampler (default 50)")
+    add("--spacing", default="trailing", help="of the timesteps: trailing, leading, ...")
+    add("--clip", type=float, default=1.0, help="bound of predicted images; 0 is none (default 1)")
+    add("--guidance", type=float, nargs="+", default=[0.0], metavar="W",
+        help="weights w, a row each; 0 is plain conditional (default)")  # fmt: skip
+    add("--bits-per-dim", type=int, default=0, metavar="N",
+        help="bits per dimension of N test images, a call a timestep (default 0)")  # fmt: skip
+    add("--batch", type=int, default=250, help="images at a time (default 250)")
+    add("--seed", type=int, default=0, help="image k is always that of the stream (seed, k)")
+    add("--data", type=Path, help="the folder of Fashion-MNIST; else the Debian package's")
+    add("--train", type=Path, help="an .npz of training images, in place of Fashion-MNIST's")
+    add("--test", type=Path, help="an .npz of real images that were not trained on")
+    add("--classifier", type=Path, default=SHIPPED, help="the folder of a classifier of your own")
+    add("--inception", type=Path, metavar="FILE",
+        help="torch-fidelity's weights: for FD, precision and recall")  # fmt: skip
+    add("--engine", default="float32", choices=("float32", "bfloat16", "off"),
+        help="on the CPU: the dtype of the optimized network; off is plain torch")  # fmt: skip
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, required=True, help="the folder to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("samples", "steps", "batch"):
+        if (value := getattr(args, name)) < 1:
+            raise ValueError(f"--{name}={value}: must be at least 1")
+    started, progress = time.perf_counter(), sys.stderr.isatty()
+    source = _model(args) if args.images is None else _file(args)
+    training, test = _real(args, source.shape)
+    count = source.count
+    if not 0 <= args.bits_per_dim <= count or (args.bits_per_dim and source.bits is None):
+        raise ValueError(
+            f"--bits-per-dim={args.bits_per_dim}: must be 0 to {count} (--samples), of a model"
+        )
+    if count > (most := min(len(training), len(test))):
+        raise ValueError(f"--samples={count}: must be at most {most}, the real images of each kind")
+    classifier: Classifier | None = load_classifier(args.classifier).to(args.device)
+    features = None
+    if args.inception is not None:
+        features = inception_features(args.inception, args.device, progress)
+        if classifier is not None and source.shape != classifier.shape:
+            classifier = None
+    judge = Judge(
+        _first(training, count)[0], training.images, classifier, features, progress, args.device
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    real, labels = _first(test, count)
+    rows = [
+        judge.row(REAL, real, labels, unseen=True),
+        judge.row(BLURRED, blurred(real), labels),
+        judge.row(NOISE, uniform_noise(real)),
+    ]
+    facts: dict[str, Any] = {
+        **source.facts,
+        "images of each kind": count,
+        "features": "Inception-v3" if features else "the classifier's last layer",
+        "threads": torch.get_num_threads(),
+    }
+    for name, images, asked in source.sets():
+        stem = name.replace(" ", "-")
+        arrays: dict[str, Any] = {"images": images.permute(0, 2, 3, 1).numpy()}
+        if asked is not None:
+            arrays["labels"] = asked.numpy()
+        np.savez(args.out / f"{stem}.npz", **arrays)
+        rows.insert(-2, judge.row(name, images, asked))
+        columns = 10 if asked is None else min(10, len(asked.unique()))
+        sample_picture(args.out / f"{stem}.png", images, columns)
+        neighbour_picture(args.out / f"{stem}-nearest.png", images, training.images, args.device)
+        facts["seconds"] = round(time.perf_counter() - started)
+        write_report(args.out, rows, facts)
+    if args.bits_per_dim and source.bits:
+        n = args.bits_per_dim
+        found = source.bits(real[:n], None if labels is None else labels[:n])
+        facts["bits per dimension"] = said = bits_said(found, n)
+        facts["seconds"] = round(time.perf_counter() - started)
+        write_report(args.out, rows, facts, found)
+        print(f"{said} bits per dimension")
+    print(table(rows))
+    print(f"{args.out}/report.md")
+    return 0
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is judged: `count` images of `shape` in each of the sets, and how they came to be."""
+
+    shape: tuple[int, ...]
+    count: int
+    facts: dict[str, Any]
+    sets: Callable[[], Iterable[tuple[str, Tensor, Tensor | None]]]
+    bits: Callable[[Tensor, Tensor | None], BitsPerDim] | None = None
+
+
+def _model(args: argparse.Namespace) -> _Source:
+    """A set of samples for each weight of guidance, of the same streams."""
+    model = load(args.model).to(args.device)
+    assert model.schedule is not None and model.prediction is not None  # load sees to it
+    schedule, prediction = model.schedule, model.prediction
+    config, classes = model.config, model.config.num_classes
+    if classes is None and any(args.guidance):
+        raise ValueError(f"--guidance={args.guidance}: {args.model} has no classes; leave it out")
+    options = {"spacing": args.spacing, "prediction": prediction, "clip": args.clip or None}
+    sampler = SAMPLERS[args.sampler](schedule, args.steps, **options)
+    shape = config.in_channels, config.image_size, config.image_size
+    labels = None if classes is None else torch.arange(args.samples) % classes
+    network: nn.Module = model
+    if args.engine != "off" and torch.device(args.device).type == "cpu":
+        network = optimize(model, args.engine)
+    progress = sys.stderr.isatty()
+
+    def sets() -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        for weight in args.guidance if classes else [None]:
+            name = "samples" if weight is None else f"guidance {weight:g}"
+            images = draw_samples(
+                network,
+                sampler,
+                shape,
+                args.samples,
+                labels,
+                weight,
+                args.seed,
+                args.batch,
+                device=args.device,
+                progress=progress,
+            )
+            yield name, images, labels
+
+    def bits(images: Tensor, labels: Tensor | None) -> BitsPerDim:
+        return bits_per_dim(
+            network,
+            schedule,
+            images.float() / 127.5 - 1,
+            prediction,
+            "learned_range" if config.learned_variance else "small",
+            cond=None if classes is None else labels,
+            seed=args.seed,
+            batch_size=args.batch,
+            progress=progress,
+        )
+
+    facts = {
+        "model": args.model,
+        "sampler": f"{args.sampler}, {args.steps} steps, {args.spacing}",
+        "engine": args.engine,
+        "seed": args.seed,
+    }
+    return _Source(shape, args.samples, facts, sets, bits)
+
+
+def _file(args: argparse.Namespace) -> _Source:
+    """Images made elsewhere: [N, C, H, W], or [N, H, W, C] as pictures are."""
+    path = args.images
+    if not path.is_file():
+        raise FileNotFoundError(f"--images={path}: no such file; takes an .npz of fastdiff sample")
+    with np.load(path, allow_pickle=False) as arrays:
+        if "images" not in arrays or arrays["images"].ndim != 4:
+            raise ValueError(f"--images={path}: must have `images`, uint8 [N, H, W, C]")
+        images = torch.from_numpy(arrays["images"])
+        labels = torch.from_numpy(arrays["labels"]).long() if "labels" in arrays else None
+    if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        images = images.permute(0, 3, 1, 2).contiguous()
+    data = ImageSet(images, labels)
+    count = min(args.samples, len(data))
+    chosen = path.stem, *_first(data, count)
+    return _Source(tuple(images.shape[1:]), count, {"images": str(path)}, lambda: [chosen])
+
+
+def _real(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[ImageSet, ImageSet]:
+    """The training and the test images, padded with black to the shape of the images judged."""
+    if (args.train is None) != (args.test is None):
+        raise ValueError("--train, --test: give both, or neither for Fashion-MNIST")
+    if args.train is None:
+        sets = [fashion_mnist(args.data, split, pad=0) for split in ("train", "test")]
+    else:
+        sets = [npz_images(path) for path in (args.train, args.test)]
+    padded = []
+    for data in sets:
+        try:
+            images = framed(data.images, shape)
+        except ValueError as error:
+            raise ValueError(f"real {error}; give others with --train and --test") from None
+        padded.append(ImageSet(images, data.labels, data.class_names))
+    return padded[0], padded[1]
+
+
+def _first(data: ImageSet, count: int) -> tuple[Tensor, Tensor | None]:
+    """The first images, every class as frequent as it can be."""
+    if data.labels is None:
+        return data.images[:count], None
+    chosen = balanced(data.labels)[:count]
+    return data.images[chosen], data.labels[chosen]

@@ -1,0 +1,81 @@
+"""Image sets in .npz and .npy files, mapped into memory where they lie there as they are."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .image_set import ImageSet
+
+
+def npz_images(path: str | Path, flip: bool = False, pad: int = 0) -> ImageSet:
+    """An image set from an .npz file: `images` uint8 [N, C, H, W] and, at will, `labels` int [N].
+
+    Or from an .npy file of images alone. Images that are not compressed (numpy.savez, not
+    savez_compressed) are mapped, not read: the set need not fit in RAM.
+
+    Args:
+        path: the file.
+        flip, pad: see ImageSet.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated or damaged, has no `images`, or arrays of the wrong kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; takes an .npz with an array `images`")
+    labels = None
+    try:
+        if path.suffix == ".npy":
+            images = np.load(path, mmap_mode="c")  # torch wants memory that may be written
+        else:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                images = _array(path, archive, "images") if "images" in names else None
+                labels = _array(path, archive, "labels") if "labels" in names else None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); make or fetch it again") from error
+    if images is None:
+        raise ValueError(f"{path}: has {sorted(names)}; must have `images` uint8 [N, C, H, W]")
+    if images.dtype != np.uint8:
+        raise ValueError(f"{path}: images {images.dtype} {images.shape}; must be uint8")
+    if labels is not None and labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels {labels.dtype} {labels.shape}; must be integers")
+    classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    try:
+        return ImageSet(torch.from_numpy(images), classes, flip=flip, pad=pad)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _array(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """An array of an .npz; mapped if it is a plain slice of the file."""
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as stream:
+        if member.compress_type != zipfile.ZIP_STORED:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+        version = np.lib.format.read_magic(stream)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }.get(version)
+        if read_header is None:
+            raise ValueError(f"{name}.npy is of version {version}, must be (1, 0) or (2, 0)")
+        shape, by_columns, dtype = read_header(stream)
+        start = stream.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects")
+    with open(path, "rb") as file:
+        # a member's header: 30 bytes that end in the lengths of its name and of an extra field
+        file.seek(member.header_offset)
+        lengths = struct.unpack("<26xHH", file.read(30))
+    offset = member.header_offset + 30 + sum(lengths) + start
+    return np.memmap(path, dtype, "c", offset, shape, "F" if by_columns else "C")

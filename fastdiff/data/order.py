@@ -1,0 +1,69 @@
+"""The order in which training sees data: functions of (seed, step, position in the batch).
+
+A batch is of `size` samples, dealt to `world` processes: each has the neighbours of its rank. So
+two processes see in a step what one would, and a resumed run what the uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def positions(size: int, rank: int, world: int) -> slice:
+    """The places of a process's samples in a batch of `size`.
+
+    ValueError unless `world` divides `size` and `rank` is in [0, world).
+    """
+    if world < 1 or not 0 <= rank < world:
+        raise ValueError(f"rank={rank}: must be in [0, world), world={world} being 1 or more")
+    if size < 1 or size % world:
+        raise ValueError(f"size={size}: must be a multiple of world={world}, and 1 or more")
+    return slice(size // world * rank, size // world * (rank + 1))
+
+
+def indices(length: int, step: int, size: int, seed: int, part: slice) -> Tensor:
+    """int64: which of `length` samples are at the places `part` of batch number `step`.
+
+    Each epoch is a fresh permutation, and batches run on across its end, so every sample is seen
+    once before any is seen twice.
+    """
+    places = np.arange(step * size + part.start, step * size + part.stop)
+    epochs, offsets = np.divmod(places, length)
+    return torch.cat(
+        [
+            _permutation(length, seed, int(epoch))[torch.from_numpy(offsets[epochs == epoch])]
+            for epoch in np.unique(epochs)
+        ]
+    )
+
+
+def flips(step: int, seed: int, part: slice) -> Tensor:
+    """bool: which places of a batch are mirrored; each is with probability 1/2."""
+    return torch.from_numpy(_uniform(seed, step, 1, part) < 0.5)
+
+
+def drop_labels(labels: Tensor, probability: float, seed: int, step: int, first: int = 0) -> Tensor:
+    """Labels [B], each replaced by -1, "no class", with a probability.
+
+    For classifier-free guidance (Ho & Salimans 2022, algorithm 1). `first` is the place of
+    labels[0] in the whole batch of this step. Nothing is read back from a GPU.
+    """
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"probability={probability}: must be in [0, 1]")
+    dropped = _uniform(seed, step, 2, slice(first, first + len(labels))) < probability
+    return labels.masked_fill(torch.from_numpy(dropped).to(labels.device, non_blocking=True), -1)
+
+
+@lru_cache(maxsize=4)  # a batch spans two epochs, and each epoch serves many batches
+def _permutation(length: int, seed: int, epoch: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng([seed, epoch, 0]).permutation(length))
+
+
+def _uniform(seed: int, step: int, stream: int, part: slice) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that belong to places of a batch, whatever the batch's size."""
+    return np.random.default_rng([seed, step, stream]).random(part.stop)[part.start :]

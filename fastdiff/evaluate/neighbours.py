@@ -1,0 +1,54 @@
+"""Nearest neighbours in pixels: are images made, or remembered?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+ROWS, COLUMNS = 2000, 10_000  # of a block of distances: 80 MB
+
+
+def nearest(
+    images: Tensor, among: Tensor, progress: bool = False, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """For each image the nearest of others: its index, and its distance.
+
+    Args:
+        images: uint8 [n, C, H, W].
+        among: uint8 [m, C, H, W].
+        device: where distances are computed.
+
+    Returns:
+        index: int64 [n].
+        distance: fp64 [n], the root of the mean squared difference of pixels in 0 .. 1: 0 is a
+            copy, and it does not depend on the images' size.
+
+    Raises:
+        ValueError: images of two shapes, or of another dtype, or none.
+    """
+    if images.dtype != torch.uint8 or among.dtype != torch.uint8:
+        raise ValueError(f"images {images.dtype}, among {among.dtype}: must be torch.uint8")
+    if images.shape[1:] != among.shape[1:] or not len(images) or not len(among):
+        raise ValueError(
+            f"among {tuple(among.shape)}: must hold one or more images of the shape of "
+            f"images, {tuple(images.shape)}"
+        )
+    found = []
+    for part in tqdm(images.split(ROWS), desc="nearest", disable=not progress):
+        x = part.to(device).flatten(1).float()
+        best = torch.full((len(x),), math.inf, device=device)
+        index = torch.zeros(len(x), dtype=torch.int64, device=device)
+        for first in range(0, len(among), COLUMNS):
+            y = among[first : first + COLUMNS].to(device).flatten(1).float()
+            # less |x|^2, which every y has in common
+            low, place = torch.addmm(y.square().sum(1), x, y.T, alpha=-2.0).min(1)
+            index = torch.where(low < best, first + place, index)
+            best = torch.minimum(best, low)
+        found.append(index.cpu())
+    nearest_ones = torch.cat(found)
+    # once more, of those alone, without the rounding of a difference of large sums
+    apart = (images.double() - among[nearest_ones].double()).flatten(1) / 255
+    return nearest_ones, apart.square().mean(1).sqrt()

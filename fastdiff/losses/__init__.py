@@ -1,0 +1,20 @@
+"""Training objectives, and what they are measured by: bits per dimension."""
+
+from .bits import BitsPerDim, bits_per_dim
+from .diffusion import HYBRID_LAMBDA, DiffusionLoss
+from .score_matching import denoising_score_matching, sliced_score_matching
+from .timesteps import LossAwareTimesteps, UniformTimesteps
+from .weightings import MIN_SNR_GAMMA, WEIGHTINGS
+
+__all__ = [
+    "HYBRID_LAMBDA",
+    "MIN_SNR_GAMMA",
+    "WEIGHTINGS",
+    "BitsPerDim",
+    "DiffusionLoss",
+    "LossAwareTimesteps",
+    "UniformTimesteps",
+    "bits_per_dim",
+    "denoising_score_matching",
+    "sliced_score_matching",
+]

@@ -1,0 +1,87 @@
+"""What a run leaves in its folder, beside its states: averaged models, sample grids, curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..checkpoint import save
+from ..images import grid
+from ..models import UNet
+from ..samplers import DDIMSampler
+from .curves import can_draw, draw_curves
+from .distributed import joined
+from .ema import SIGMA_RELS
+from .metrics import read
+from .posthoc import SNAPSHOTS
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+SAMPLES, COLUMNS = 100, 10
+
+
+def averaged(run: Trainer, name: str) -> UNet:
+    """The network with averaged weights, in their memory; all processes must call it."""
+    with torch.device("meta"):
+        model = UNet(run.model.config)
+    named = zip(run.model.named_parameters(), run.averages.values[name], strict=True)
+    model.load_state_dict({k: joined(v, like) for (k, like), v in named}, assign=True)
+    model.schedule, model.prediction = run.schedule, run.config.prediction
+    model.class_names = run.data.class_names
+    return model.eval().requires_grad_(False)
+
+
+def draw(run: Trainer) -> None:
+    """Draw a grid of samples, a row a class, and the curves so far."""
+    model = averaged(run, f"ema.{run.config.decays[0]}")
+    if not run.leads:
+        return
+    config = model.config
+    cond = torch.arange(SAMPLES, device=run.device) // COLUMNS % (config.num_classes or 1)
+    sampler = DDIMSampler(
+        run.schedule,
+        steps=run.config.sample_steps,
+        spacing="trailing",
+        prediction=run.config.prediction,
+        clip=1.0,
+    )
+    x = sampler.sample(
+        model,
+        (SAMPLES, config.in_channels, config.image_size, config.image_size),
+        seed=run.config.seed,
+        cond=cond if config.num_classes else None,
+    )
+    grid(x, columns=COLUMNS).save(run.out / f"samples-{run.step:06d}.png")
+    run.metrics.images(run.step, x)
+    _curves(run)
+
+
+def snapshot(run: Trainer) -> None:
+    """Store the averages that `posthoc` combines."""
+    for sigma_rel in SIGMA_RELS:
+        path = run.out / SNAPSHOTS / f"{run.step:09d}-{sigma_rel}.safetensors"
+        _write(run, path, f"power.{sigma_rel}", "float16", sigma_rel=sigma_rel)
+
+
+def export(run: Trainer) -> None:
+    """Write the averaged models as checkpoints that `fastdiff.load` reads, and the curves."""
+    for k, decay in enumerate(run.config.decays):
+        _write(run, run.out / f"ema-{decay}.safetensors" if k else run.out, f"ema.{decay}")
+    if run.leads and run.config.sample_every:
+        _curves(run)
+
+
+def _write(run: Trainer, path: Path, name: str, dtype: str = "float32", **more: float) -> None:
+    model = averaged(run, name)
+    if run.leads:
+        record = {"config": run.config.to_json(), "step": run.step, "seconds": run.seconds, **more}
+        prediction, names = run.config.prediction, run.data.class_names
+        save(path, model, run.schedule, prediction, names, record, dtype)
+
+
+def _curves(run: Trainer) -> None:
+    if can_draw() and len(read(run.out)) > 1:
+        draw_curves(run.out)
