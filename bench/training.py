@@ -127,7 +127,7 @@ def _ours(row: Row, settings: Settings, folder: Path) -> Step:
     model = UNet(CONFIG).to(settings.device)
     config = TrainConfig(
         steps=1_000_000, batch_size=row.batch, lr=1e-4, prediction="eps", ema=0.9999,
-        bf16=row.dtype == bf16, channels_last=True,
+        bf16=row.dtype == bf16,
     )  # fmt: skip
     trainer = Trainer(model, NoiseSchedule.linear(1000), _images(row.batch), config, folder)
     model.train()
@@ -175,7 +175,6 @@ def _wrong(row: Row, settings: Settings) -> str | None:
             torch.nn.init.normal_(parameter, std=0.02)
     truth = _gradient(copy.deepcopy(plain).double(), torch.float64, settings)
     allowed = ALLOWED * _apart(_gradient(copy.deepcopy(plain), row.dtype, settings), truth)
-    plain.to(memory_format=torch.channels_last)
     error = _apart(_gradient(plain.fuse_blocks(), row.dtype, settings), truth)
     if error <= allowed:
         return None

@@ -66,7 +66,7 @@ def stop_after(run, step, number=signal.SIGINT):
     "change",
     [
         {},
-        {"bf16": True, "channels_last": True},
+        {"bf16": True, "channels_last": False},
         {"accumulate": 2, "ema": (0.9, 0.5), "posthoc_every": 4, "timesteps": "loss_aware"},
     ],
     ids=["fp32", "bf16-channels-last", "all"],

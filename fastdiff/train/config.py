@@ -77,7 +77,7 @@ class TrainConfig(Record):
     label_dropout: float = 0.1
     seed: int = 0
     bf16: bool = False
-    channels_last: bool = False
+    channels_last: bool = True
     compile: bool = False
     recompute: bool = False
     fsdp: bool = False
