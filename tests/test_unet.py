@@ -281,6 +281,25 @@ def test_learned_variance_doubles_the_output():
     assert UNet(config)(x, t, cond).shape == (3, 6, 16, 16)
 
 
+def test_patches_are_channels_of_a_smaller_image():
+    """Pixel (2i + a, 2j + b) is channel 2a + b of pixel (i, j), on the way in and out."""
+    config = dataclasses.replace(SMALL, patch_size=2, in_channels=1)
+    model = randomised(UNet(config))
+    x, t, cond = inputs(config)
+    inside = dataclasses.replace(config, patch_size=1, image_size=8, in_channels=4)
+    plain = UNet(inside).eval()
+    plain.load_state_dict(model.state_dict())
+    places = [(a, b) for a in range(2) for b in range(2)]
+    patched = torch.cat([x[:, :, a::2, b::2] for a, b in places], 1)
+    expected = torch.empty_like(x)
+    for k, (a, b) in enumerate(places):
+        expected[:, :, a::2, b::2] = plain(patched, t, cond)[:, k : k + 1]
+    torch.testing.assert_close(model(x, t, cond), expected)
+    assert config.downsampling == 4 and config.side_at(1) == 4
+    with pytest.raises(ValueError, match=r"18x18 pixels.*divisible by 4"):
+        model(torch.zeros(1, 1, 18, 18), t[:1])
+
+
 def test_dtypes_layouts_and_compile():
     model = randomised(UNet(SMALL))
     x, t, cond = inputs(SMALL)
@@ -332,6 +351,8 @@ def test_labels_of_an_unconditional_model_are_refused():
         ({"channels": 0}, ValueError, "channels=0: must be 1 or more"),
         ({"channels": 33}, ValueError, "must be even"),
         ({"channels": "32"}, TypeError, "channels='32': must be int"),
+        ({"patch_size": 0}, ValueError, "patch_size=0: must be 1 or more"),
+        ({"patch_size": 16}, ValueError, "divisible by 32, which 2 levels of patch_size=16"),
         ({"channel_mult": ()}, ValueError, "channel_mult=()"),
         ({"channel_mult": [1, 2]}, TypeError, "must be tuple[int, ...]"),
         ({"image_size": 15}, ValueError, "divisible by 2"),

@@ -23,6 +23,7 @@ _POSITIVE = (
     "heads",
     "head_channels",
     "num_classes",
+    "patch_size",
     "norm_groups",
 )
 
@@ -36,11 +37,14 @@ class UNetConfig(Record):
     Attributes:
         image_size: side of the square images it is made for, in pixels.
         in_channels: image channels.
+        patch_size: side of the squares of pixels that become one pixel of as many more channels
+            before the first convolution, and pixels again after the last (Hoogeboom et al. 2023,
+            "Simple diffusion"): at 2, a fourth of the work.
         channels: width of the first level; a level has `channels * channel_mult[level]`.
         channel_mult: one factor a level; each level halves the resolution of the one before.
         num_res_blocks: residual blocks a level on the way down (one more on the way up).
-        attention_resolutions: sides, in pixels, at which blocks are followed by attention; the
-            middle of the network always attends.
+        attention_resolutions: sides of a level, in its own pixels, at which blocks are followed by
+            attention; the middle of the network always attends.
         heads: attention heads; ignored when `head_channels` is given.
         head_channels: channels of each attention head.
         attention_order: how a checkpoint's qkv rows are laid out: "legacy" is head by head,
@@ -61,6 +65,7 @@ class UNetConfig(Record):
 
     image_size: int = 32
     in_channels: int = 3
+    patch_size: int = 1
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
@@ -128,7 +133,11 @@ class UNetConfig(Record):
     @property
     def downsampling(self) -> int:
         """Factor between the image's side and the deepest level's."""
-        return 2 ** (len(self.channel_mult) - 1)
+        return self.patch_size * 2 ** (len(self.channel_mult) - 1)
+
+    def side_at(self, level: int) -> int:
+        """Side of the square feature maps of a level."""
+        return self.image_size // self.patch_size >> level
 
     def heads_at(self, channels: int) -> int:
         """Attention heads of a block that is `channels` wide."""
@@ -154,12 +163,12 @@ class UNetConfig(Record):
         if self.image_size % self.downsampling:
             raise ValueError(
                 f"image_size={self.image_size}: must be divisible by {self.downsampling}, "
-                f"which {len(self.channel_mult)} levels need"
+                f"which {len(self.channel_mult)} levels of patch_size={self.patch_size} need"
             )
         self._check_attention()
 
     def _check_attention(self) -> None:
-        sides = [self.image_size >> level for level in range(len(self.channel_mult))]
+        sides = [self.side_at(level) for level in range(len(self.channel_mult))]
         if stray := sorted(set(self.attention_resolutions) - set(sides)):
             raise ValueError(
                 f"attention_resolutions={self.attention_resolutions}: {stray} must be among the "

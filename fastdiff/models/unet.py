@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +61,8 @@ class UNet(nn.Module):
             self.label_emb = nn.Embedding(config.num_classes, emb)
 
         channels = first = width * config.channel_mult[0]
-        stem = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        area = config.patch_size**2
+        stem = nn.Conv2d(config.in_channels * area, first, 3, padding=1)
         self.input_blocks = nn.ModuleList([Stage(stem)])
         skips = [channels]
         for level, mult in enumerate(config.channel_mult):
@@ -99,7 +101,7 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             group_norm(channels, config),
             nn.SiLU(),
-            zeroed(nn.Conv2d(first, config.out_channels, 3, padding=1)),
+            zeroed(nn.Conv2d(first, config.out_channels * area, 3, padding=1)),
         )
 
     def fuse_blocks(self, fused: bool = True) -> UNet:
@@ -140,7 +142,7 @@ class UNet(nn.Module):
 
     def _stage(self, channels: int, out_channels: int, level: int) -> Stage:
         stage = Stage(ResBlock(channels, out_channels, self.config))
-        if self.config.image_size >> level in self.config.attention_resolutions:
+        if self.config.side_at(level) in self.config.attention_resolutions:
             stage.append(AttentionBlock(out_channels, self.config))
         return stage
 
@@ -160,7 +162,9 @@ class UNet(nn.Module):
 
     def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
         """The network on images [B, C, H, W] and the embedding that `embed` returned."""
-        skips = []
+        patch, skips = self.config.patch_size, []
+        if patch > 1:
+            x = F.pixel_unshuffle(x, patch)
         for stage in self.input_blocks:
             x = self._run(stage, x, emb)
             skips.append(x)
@@ -168,7 +172,8 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             x = self._run(stage, torch.cat((x, skips.pop()), dim=1), emb)
         norm, act, conv = self.out
-        return conv(norm_silu(norm, x) if self.fused else act(norm(x)))
+        x = conv(norm_silu(norm, x) if self.fused else act(norm(x)))
+        return F.pixel_shuffle(x, patch) if patch > 1 else x
 
     def _run(self, stage: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
