@@ -4,6 +4,7 @@ import torch as torch  # first: its OpenMP runtime is the one our kernels share
 
 from . import ops
 from .checkpoint import load, save
+from .distillation import DistillConfig, distill
 from .engine import optimize
 from .interpolate import interpolate
 from .losses import DiffusionLoss
@@ -26,6 +27,7 @@ __all__ = [
     "DDPMSampler",
     "DPMSolverSampler",
     "DiffusionLoss",
+    "DistillConfig",
     "HeunSampler",
     "LangevinSampler",
     "NoiseSchedule",
@@ -36,6 +38,7 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "backend",
+    "distill",
     "interpolate",
     "load",
     "ops",

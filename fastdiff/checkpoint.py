@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import one_of
 from .files import make_folder, read_tensors, write_bytes, write_tensors
 from .models import UNet, UNetConfig
+from .models.distilled import Distilled
 from .prediction import PREDICTIONS
 from .schedule import NoiseSchedule
 
@@ -29,6 +30,7 @@ def save(
     class_names: tuple[str, ...] = (),
     training: dict[str, Any] | None = None,
     dtype: str = "float32",
+    distilled: Distilled | None = None,
 ) -> Path:
     """Write a model as `folder`/model.safetensors and config.json, which `load` reads.
 
@@ -43,6 +45,7 @@ def save(
         class_names: one a label; may be empty.
         training: how it was trained, for the record; JSON values.
         dtype: stored precision, "float32", "float16" or "bfloat16"; `load` returns fp32.
+        distilled: the timesteps and guidance weight of a student of `fastdiff.distill`.
 
     Returns:
         The path of the weights.
@@ -60,6 +63,8 @@ def save(
         "class_names": list(class_names),
         "training": training or {},
     }
+    if distilled is not None:
+        record["distilled"] = distilled.to_json()
     tensors = {k: v.to(STORED[dtype]) for k, v in model.state_dict().items()}
     make_folder(weights.parent)
     stamp = write_tensors(weights, tensors, {"config": json.dumps(record)})
@@ -71,8 +76,8 @@ def save(
 def load(source: str | Path) -> UNet:
     """A trained U-Net, fp32 on the CPU and in eval mode.
 
-    Its attributes `.config`, `.schedule`, `.prediction` and `.class_names` are all that a
-    sampler needs to know.
+    Its attributes `.config`, `.schedule`, `.prediction`, `.class_names` and, of a student,
+    `.distilled` are all that a sampler needs to know.
 
     Args:
         source: the name of a shipped checkpoint ("fashion-mnist"), a folder that `save` or
@@ -102,6 +107,8 @@ def load(source: str | Path) -> UNet:
         schedule = NoiseSchedule.from_json(record["schedule"])
         prediction, names = record["prediction"], tuple(record["class_names"])
         one_of("prediction", prediction, PREDICTIONS)
+        if "distilled" in record:
+            model.distilled = Distilled.from_json(record["distilled"])
     except KeyError as error:
         raise ValueError(f"{config}: lacks {error}; it was not written by fastdiff") from None
     except (ValueError, TypeError) as error:

@@ -11,6 +11,7 @@ PURPOSE = "Sample from, train and distil diffusion models."
 COMMANDS = {
     "sample": "draw images from a trained model",
     "train": "train a model from a recipe",
+    "distill": "distil a model into students that take few steps",
     "evaluate": "measure how good a model's images are, beside real ones",
     "doctor": "say what runs here, what is missing and what that costs",
 }

@@ -167,3 +167,18 @@ def split(
         v = v if learned_variance else None
         m_u = None if m_u is None else m_u.chunk(2, 1)[0]
     return m, m_u, v
+
+
+def unconditional(model: Model, cond: Tensor | None, uncond: Tensor | None) -> Tensor:
+    """What stands for "no condition" beside `cond`: `uncond`, or what the model says does."""
+    if cond is None:
+        raise ValueError("guidance: needs a condition to strengthen; give cond")
+    if uncond is None:
+        if not hasattr(model, "null_cond"):
+            raise ValueError(
+                "uncond: guidance needs what stands for no condition, like cond; "
+                "give it, or a model with a method null_cond(cond)"
+            )
+        uncond = model.null_cond(cond)
+    errors.like("uncond", uncond, "cond", cond)
+    return uncond

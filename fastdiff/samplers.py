@@ -17,7 +17,7 @@ from . import errors, presets, tables
 from . import graph as graphs
 from .ops.randn import BEFORE_FIRST_ROW, randn, streams_of
 from .ops.step import step
-from .rollout import Model, Rollout, placement, split
+from .rollout import Model, Rollout, placement, split, unconditional
 from .schedule import NoiseSchedule
 from .spacing import SPACINGS
 from .table import Table
@@ -86,7 +86,7 @@ class Sampler:
         elif interval is not None:
             raise ValueError("guidance_interval: was given without guidance; give its weight w")
         if table.guided:
-            uncond = _unconditional(model, cond, uncond)
+            uncond = unconditional(model, cond, uncond)
         if table.classifier != (gradient is not None):
             raise ValueError(
                 "gradient: is needed by a table with a classifier scale, and only by it"
@@ -190,20 +190,6 @@ def _shown(table: Table, device: torch.device) -> Iterator[int]:
             behind.append(torch.cuda.current_stream(device).record_event())
             if len(behind) > 2:
                 behind.popleft().synchronize()
-
-
-def _unconditional(model: Model, cond: Tensor | None, uncond: Tensor | None) -> Tensor:
-    if cond is None:
-        raise ValueError("guidance: needs a condition to strengthen; give cond")
-    if uncond is None:
-        if not hasattr(model, "null_cond"):
-            raise ValueError(
-                "uncond: guidance needs what stands for no condition, like cond; "
-                "give it, or a model with a method null_cond(cond)"
-            )
-        uncond = model.null_cond(cond)
-    errors.like("uncond", uncond, "cond", cond)
-    return uncond
 
 
 class _Scheduled(Sampler):

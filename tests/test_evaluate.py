@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from fastdiff.draw import draw_batches
 from fastdiff.evaluate import (
     Judge,
     balanced,
     blurred,
-    draw_samples,
     frechet_distance,
     manifold,
     nearest,
@@ -204,8 +204,10 @@ def test_a_part_of_the_samples_is_made_apart():
         return 0.5 * x + 0.1 * label[:, None, None, None]
 
     labels = torch.arange(7) % 3
-    whole = draw_samples(model, sampler, (1, 4, 4), 7, labels, seed=3, batch=4)
+    whole = torch.cat(list(draw_batches(model, sampler, (1, 4, 4), 7, labels, seed=3, batch=4)))
     assert whole.dtype == torch.uint8 and whole.shape == (7, 1, 4, 4)
-    part = draw_samples(model, sampler, (1, 4, 4), 4, labels[3:], seed=3, batch=3, first=3)
+    part = torch.cat(
+        list(draw_batches(model, sampler, (1, 4, 4), 4, labels[3:], seed=3, batch=3, first=3))
+    )
     assert torch.equal(whole[3:], part)
     assert not torch.equal(whole[0], whole[3])  # of one class

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint import load
 from ..data import ImageSet, fashion_mnist, npz_images
-from ..engine import optimize
+from ..draw import draw_batches
 from ..evaluate.classifier import SHIPPED, framed, load_classifier
-from ..evaluate.draw import draw_samples
 from ..evaluate.inception import inception_features
 from ..evaluate.judge import Judge, balanced, blurred, uniform_noise
 from ..evaluate.report import (
@@ -37,38 +36,30 @@ from ..evaluate.report import (
 )
 from ..losses import BitsPerDim, bits_per_dim
 from ..models.classifier import Classifier
-from .sample import SAMPLERS
+from . import sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sampling.add_arguments(parser)
     add = parser.add_argument
-    add("--model", default="fashion-mnist", help="a shipped name, a folder or a .safetensors file")
     add("--images", type=Path, help="measure these instead: an .npz as fastdiff sample writes it")
     add("--samples", type=int, default=10_000, help="images of each kind (default 10000)")
-    add("--sampler", default="ddim", choices=SAMPLERS)
-    add("--steps", type=int, default=50, help="steps of the sampler (default 50)")
-    add("--spacing", default="trailing", help="of the timesteps: trailing, leading, ...")
-    add("--clip", type=float, default=1.0, help="bound of predicted images; 0 is none (default 1)")
-    add("--guidance", type=float, nargs="+", default=[0.0], metavar="W",
-        help="weights w, a row each; 0 is plain conditional (default)")  # fmt: skip
+    add("--guidance", type=float, nargs="+", metavar="W",
+        help="weights w, a row each (default 0: plain conditional; a student's own)")  # fmt: skip
     add("--bits-per-dim", type=int, default=0, metavar="N",
         help="bits per dimension of N test images, a call a timestep (default 0)")  # fmt: skip
     add("--batch", type=int, default=250, help="images at a time (default 250)")
-    add("--seed", type=int, default=0, help="image k is always that of the stream (seed, k)")
     add("--data", type=Path, help="the folder of Fashion-MNIST; else the Debian package's")
     add("--train", type=Path, help="an .npz of training images, in place of Fashion-MNIST's")
     add("--test", type=Path, help="an .npz of real images that were not trained on")
     add("--classifier", type=Path, default=SHIPPED, help="the folder of a classifier of your own")
     add("--inception", type=Path, metavar="FILE",
         help="torch-fidelity's weights: for FD, precision and recall")  # fmt: skip
-    add("--engine", default="float32", choices=("float32", "bfloat16", "off"),
-        help="on the CPU: the dtype of the optimized network; off is plain torch")  # fmt: skip
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, required=True, help="the folder to write")
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("samples", "steps", "batch"):
+    for name in ("samples", "batch"):
         if (value := getattr(args, name)) < 1:
             raise ValueError(f"--{name}={value}: must be at least 1")
     started, progress = time.perf_counter(), sys.stderr.isatty()
@@ -144,21 +135,16 @@ def _model(args: argparse.Namespace) -> _Source:
     assert model.schedule is not None and model.prediction is not None  # load sees to it
     schedule, prediction = model.schedule, model.prediction
     config, classes = model.config, model.config.num_classes
-    if classes is None and any(args.guidance):
-        raise ValueError(f"--guidance={args.guidance}: {args.model} has no classes; leave it out")
-    options = {"spacing": args.spacing, "prediction": prediction, "clip": args.clip or None}
-    sampler = SAMPLERS[args.sampler](schedule, args.steps, **options)
+    sampler = sampling.sampler_of(args, model)
+    networks = [sampling.network_at(args, model, w) for w in args.guidance or [None]]
     shape = config.in_channels, config.image_size, config.image_size
     labels = None if classes is None else torch.arange(args.samples) % classes
-    network: nn.Module = model
-    if args.engine != "off" and torch.device(args.device).type == "cpu":
-        network = optimize(model, args.engine)
     progress = sys.stderr.isatty()
 
     def sets() -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        for weight in args.guidance if classes else [None]:
-            name = "samples" if weight is None else f"guidance {weight:g}"
-            images = draw_samples(
+        for w, (network, weight) in zip(args.guidance or [None], networks, strict=True):
+            name = "samples" if w is None else f"guidance {w:g}"
+            batches = draw_batches(
                 network,
                 sampler,
                 shape,
@@ -170,11 +156,11 @@ def _model(args: argparse.Namespace) -> _Source:
                 device=args.device,
                 progress=progress,
             )
-            yield name, images, labels
+            yield name, torch.cat(list(batches)), labels
 
     def bits(images: Tensor, labels: Tensor | None) -> BitsPerDim:
         return bits_per_dim(
-            network,
+            networks[0][0],
             schedule,
             images.float() / 127.5 - 1,
             prediction,
@@ -187,7 +173,7 @@ def _model(args: argparse.Namespace) -> _Source:
 
     facts = {
         "model": args.model,
-        "sampler": f"{args.sampler}, {args.steps} steps, {args.spacing}",
+        "sampler": f"{args.sampler}, {len(sampler.table)} steps, {args.spacing or 'trailing'}",
         "engine": args.engine,
         "seed": args.seed,
     }

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import secrets
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .image_set import ImageSet
 
@@ -54,6 +59,49 @@ def npz_images(path: str | Path, flip: bool = False, pad: int = 0) -> ImageSet:
         return ImageSet(torch.from_numpy(images), classes, flip=flip, pad=pad)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+@contextmanager
+def npz_writer(
+    path: Path, shape: Sequence[int], labels: Tensor | None = None
+) -> Iterator[Callable[[Tensor], None]]:
+    """Write an .npz, not compressed, as its images come: the set need not fit in memory.
+
+    Yields a function that takes the next images, uint8 [b, C, H, W]; they are stored as `images`
+    [N, H, W, C], with `labels` beside them. The file takes its name when all are written.
+
+    Args:
+        path: the file.
+        shape: (N, H, W, C) of all images together.
+        labels: int64 [N].
+
+    Raises:
+        ValueError: there were more images than N, or fewer.
+        OSError: it cannot be written; what was there is as it was.
+    """
+    written, total = 0, math.prod(shape)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with zipfile.ZipFile(beside, "w") as archive:
+            with archive.open("images.npy", "w", force_zip64=True) as file:
+                head = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+                np.lib.format.write_array_header_1_0(file, head)
+
+                def add(images: Tensor) -> None:
+                    nonlocal written
+                    content = images.permute(0, 2, 3, 1).contiguous().numpy()
+                    written += content.nbytes
+                    file.write(content.data)
+
+                yield add
+            if written != total:
+                raise ValueError(f"{path}: got {written} bytes of images, must be {total}")
+            if labels is not None:
+                with archive.open("labels.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _array(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

@@ -76,7 +76,7 @@ class Engine(nn.Module):
         x, t, args, kwargs = self._inputs(args, kwargs)
         if self._check is not None:  # a program knows shapes; labels out of range it would take
             self._check(x.to(self._dtype), t, *args, **kwargs)
-        with torch.no_grad(), self._lock:
+        with torch.no_grad(), _own_dtypes(), self._lock:
             program, rest = self._program(x, t, args, kwargs)
             program.load(x, t, rest)
             outputs = [torch.empty(o.shape, dtype=x.dtype).copy_(o) for o in program.run()]
@@ -89,7 +89,7 @@ class Engine(nn.Module):
         call it; calls that were not prepared for work as well.
         """
         x, t, args, kwargs = self._inputs((x, t, *args), kwargs)
-        with torch.no_grad(), self._lock:
+        with torch.no_grad(), _own_dtypes(), self._lock:
             program, rest = self._program(x, t[0], args, kwargs)
             program.embedding.prepare(t, rest)
 
@@ -101,7 +101,7 @@ class Engine(nn.Module):
         """
         if self._latest is None:
             raise RuntimeError("report: nothing has run yet; call the network first")
-        with torch.no_grad(), self._lock:
+        with torch.no_grad(), _own_dtypes(), self._lock:
             return Report.of(self._latest, rounds)
 
     def train(self, mode: bool = True) -> Engine:
@@ -215,6 +215,11 @@ class Engine(nn.Module):
 
     def _source_version(self) -> int:
         return sum(p._version for p in self._parameters_of_source if not p.is_inference())
+
+
+def _own_dtypes() -> Any:
+    """What an engine computes in, it says itself: a training loop's autocast is not for it."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def _name(dtype: torch.dtype) -> str:

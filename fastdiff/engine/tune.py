@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,6 +21,18 @@ ROUNDS, LONG = 3, 0.1  # of a run that takes LONG seconds, one tells enough
 SPARE = 2**31  # bytes of packed weights that a round leaves to the next
 
 _kept: dict[tuple[str, tuple[str, ...]], str] = {}  # (signature, backends that take it): choice
+
+
+def measured() -> list[Any]:
+    """The choices made in this process, as JSON values."""
+    return [[signature, list(names), name] for (signature, names), name in _kept.items()]
+
+
+def recall(choices: list[Any]) -> None:
+    """Take choices that `measured` gave, in place of measuring: what is computed then repeats."""
+    for signature, names, name in choices:
+        if name in names:
+            _kept[signature, tuple(names)] = name
 
 
 def tune(program: Program) -> dict[Node, str]:

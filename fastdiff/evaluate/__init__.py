@@ -5,7 +5,6 @@ of a small classifier that ships, or Inception's where its weights are given.
 """
 
 from .classifier import accuracy, describe, framed, load_classifier, save_classifier
-from .draw import draw_samples
 from .frechet import frechet_distance
 from .inception import inception_features
 from .judge import Judge, Row, balanced, blurred, uniform_noise
@@ -19,7 +18,6 @@ __all__ = [
     "balanced",
     "blurred",
     "describe",
-    "draw_samples",
     "framed",
     "frechet_distance",
     "inception_features",

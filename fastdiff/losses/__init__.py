@@ -2,6 +2,7 @@
 
 from .bits import BitsPerDim, bits_per_dim
 from .diffusion import HYBRID_LAMBDA, DiffusionLoss
+from .distillation import DistillationLoss
 from .score_matching import denoising_score_matching, sliced_score_matching
 from .timesteps import LossAwareTimesteps, UniformTimesteps
 from .weightings import MIN_SNR_GAMMA, WEIGHTINGS
@@ -12,6 +13,7 @@ __all__ = [
     "WEIGHTINGS",
     "BitsPerDim",
     "DiffusionLoss",
+    "DistillationLoss",
     "LossAwareTimesteps",
     "UniformTimesteps",
     "bits_per_dim",

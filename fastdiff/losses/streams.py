@@ -1,9 +1,9 @@
 """Random numbers of a training step besides its noise, by the same generator.
 
 All are functions of (seed, row, position in the whole batch). Of the generator's counter
-(block, row, index), noise uses the indices below 2^61, `PROJECTION` those from 2^61 and `TIMESTEP`
-those from 2^62: for one key no two counters are equal, and Philox is a bijection, so that no block
-serves two of them.
+(block, row, index), noise uses the indices below 2^61, `PROJECTION` those from 2^61, `TIMESTEP`
+those from 2^62 and `GUIDANCE` those from 3 2^61: for one key no two counters are equal, and Philox
+is a bijection, so that no block serves two of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops.randn import OP, streams_of
 from ..spacing import count
 
-PROJECTION, TIMESTEP = 1 << 61, 1 << 62
+PROJECTION, TIMESTEP, GUIDANCE = 1 << 61, 2 << 61, 3 << 61
 
 
 def draw(

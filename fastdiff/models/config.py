@@ -54,6 +54,8 @@ class UNetConfig(Record):
         rescale_residual: multiply each block's sum by 1/sqrt(2) (EDM's skip_scale).
         dropout: probability, before the last convolution of each residual block.
         num_classes: labels 0 .. num_classes - 1, and -1 for "no class"; None: unconditional.
+        guidance_max: the network has the guidance weight w as an input, from 0 to this (Meng et al.
+            2022, "On Distillation of Guided Diffusion Models"); None: it has not.
         learned_variance: the output has a second set of channels, the variance's.
         norm_groups: groups of GroupNorm; the greatest divisor shared with the width is used.
         norm_eps: epsilon of GroupNorm.
@@ -78,6 +80,7 @@ class UNetConfig(Record):
     rescale_residual: bool = False
     dropout: float = 0.0
     num_classes: int | None = None
+    guidance_max: float | None = None
     learned_variance: bool = False
     norm_groups: int = 32
     norm_eps: float = 1e-5
@@ -156,6 +159,8 @@ class UNetConfig(Record):
             raise ValueError("channel_mult=(): must have a factor for each level, one at least")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout!r}: must be in [0, 1)")
+        if self.guidance_max is not None and not self.guidance_max > 0.0:
+            raise ValueError(f"guidance_max={self.guidance_max!r}: must be greater than 0, or None")
         if not self.norm_eps > 0.0:
             raise ValueError(f"norm_eps={self.norm_eps!r}: must be greater than 0")
         if self.channels % 2:

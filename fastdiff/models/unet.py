@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .at_guidance import AtGuidance
 from .blocks import (
     AttentionBlock,
     Block,
@@ -26,6 +27,7 @@ from .conv import Conv3x3
 
 if TYPE_CHECKING:
     from ..schedule import NoiseSchedule
+    from .distilled import Distilled
 
 
 class UNet(nn.Module):
@@ -42,6 +44,8 @@ class UNet(nn.Module):
         config: how it is built.
         schedule, prediction, class_names: how it was trained, for samplers; set by
             `fastdiff.load` and by the trainer, None and empty on a fresh network.
+        distilled: of a student of `fastdiff.distill`, the timesteps it is to be sampled at and
+            the guidance weight it has learned; else None.
         recompute: in training, keep only what goes in and out of each stage, and compute the
             stage again for its gradient (Chen et al. 2016): less memory, a third more time.
     """
@@ -49,6 +53,7 @@ class UNet(nn.Module):
     schedule: NoiseSchedule | None = None
     prediction: str | None = None
     class_names: tuple[str, ...] = ()
+    distilled: Distilled | None = None
     fused = recompute = False
 
     def __init__(self, config: UNetConfig) -> None:
@@ -59,6 +64,9 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, emb)
+        if config.guidance_max is not None:
+            last = zeroed(nn.Linear(emb, emb))  # so that a student starts as its teacher
+            self.guidance_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), last)
 
         channels = first = width * config.channel_mult[0]
         area = config.patch_size**2
@@ -146,19 +154,28 @@ class UNet(nn.Module):
             stage.append(AttentionBlock(out_channels, self.config))
         return stage
 
-    def embed(self, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """The embedding of time and class, [B, 4 channels], in the parameters' dtype.
+    def embed(self, t: Tensor, cond: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """The embedding of time, class and weight, [B, 4 channels], in the parameters' dtype.
 
         Args:
             t: [B] timesteps, integer or floating point, on the training schedule's scale.
             cond: [B] int64 labels, -1 for "no class"; None is all -1.
+            w: [B] guidance weights, of a network with `guidance_max`.
         """
-        waves = timestep_embedding(t, self.config.channels, self.config.time_embedding)
-        emb = self.time_embed(waves.to(next(self.time_embed.parameters()).dtype))
+        dtype = next(self.time_embed.parameters()).dtype
+        emb = self.time_embed(self._waves(t).to(dtype))
+        if w is not None and self.config.guidance_max is not None:
+            # the weights' range is spread over that of the timesteps
+            emb = emb + self.guidance_embed(
+                self._waves(1000 / self.config.guidance_max * w).to(dtype)
+            )
         if cond is not None:
             given = (cond >= 0)[:, None]
             emb = emb + torch.where(given, self.label_emb(cond.clamp(min=0)), 0.0)
         return emb
+
+    def _waves(self, t: Tensor) -> Tensor:
+        return timestep_embedding(t, self.config.channels, self.config.time_embedding)
 
     def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
         """The network on images [B, C, H, W] and the embedding that `embed` returned."""
@@ -180,24 +197,33 @@ class UNet(nn.Module):
             return checkpoint(stage, x, emb, use_reentrant=False)
         return stage(x, emb)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, w: Tensor | None = None
+    ) -> Tensor:
         """The prediction for images x [B, C, H, W] at timesteps t [B] given labels cond [B].
 
         Returns [B, out_channels, H, W] in x's dtype; a learned variance is the second half of
-        the channels.
+        the channels. w: fp32 [B], guidance weights in 0 .. config.guidance_max, of a network that
+        takes them; `at_guidance` settles them.
 
         Raises:
             ValueError, TypeError: wrong shapes, dtypes, or labels; before any work.
         """
-        self.check(x, t, cond)
-        return self.denoise(x, self.embed(t, cond))
+        self.check(x, t, cond, w)
+        return self.denoise(x, self.embed(t, cond, w))
+
+    def at_guidance(self, w: float) -> AtGuidance:
+        """This network with the guidance weight w, called as model(x, t, cond): for samplers."""
+        return AtGuidance(self, w)
 
     @staticmethod
     def null_cond(cond: Tensor) -> Tensor:
         """Labels that mean "no class", as many as `cond` has."""
         return torch.full_like(cond, -1)
 
-    def check(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> None:
+    def check(
+        self, x: Tensor, t: Tensor, cond: Tensor | None = None, w: Tensor | None = None
+    ) -> None:
         """Raise ValueError or TypeError if `forward` does not take these; forward calls it."""
         config, multiple = self.config, self.config.downsampling
         if x.ndim != 4 or x.shape[1] != config.in_channels:
@@ -218,6 +244,15 @@ class UNet(nn.Module):
             raise ValueError(f"t of shape {tuple(t.shape)}: must be [{x.shape[0]}], one an image")
         if t.dtype == torch.bool or t.is_complex():
             raise TypeError(f"t of dtype {t.dtype}: must be integer or floating point")
+        if (w is None) != (config.guidance_max is None):
+            raise ValueError(
+                f"w: was {'not ' * (w is None)}given, guidance_max is {config.guidance_max}; the "
+                "two go together: model.at_guidance(w) is the network with a weight settled"
+            )
+        if w is not None and (w.shape != x.shape[:1] or not w.is_floating_point()):
+            raise ValueError(
+                f"w of shape {tuple(w.shape)}, {w.dtype}: must be [{x.shape[0]}], floating point"
+            )
         if cond is None:
             return
         if config.num_classes is None:

@@ -30,7 +30,7 @@ def averaged(run: Trainer, name: str) -> UNet:
     named = zip(run.model.named_parameters(), run.averages.values[name], strict=True)
     model.load_state_dict({k: joined(v, like) for (k, like), v in named}, assign=True)
     model.schedule, model.prediction = run.schedule, run.config.prediction
-    model.class_names = run.data.class_names
+    model.class_names, model.distilled = run.data.class_names, run.model.distilled
     return model.eval().requires_grad_(False)
 
 
@@ -41,13 +41,12 @@ def draw(run: Trainer) -> None:
         return
     config = model.config
     cond = torch.arange(SAMPLES, device=run.device) // COLUMNS % (config.num_classes or 1)
-    sampler = DDIMSampler(
-        run.schedule,
-        steps=run.config.sample_steps,
-        spacing="trailing",
-        prediction=run.config.prediction,
-        clip=1.0,
-    )
+    made, prediction = model.distilled, run.config.prediction
+    if made is not None:
+        sampler = DDIMSampler(run.schedule, spacing=made.timesteps, prediction=prediction)
+    else:
+        steps = run.config.sample_steps
+        sampler = DDIMSampler(run.schedule, steps, 0.0, "trailing", prediction, clip=1.0)
     x = sampler.sample(
         model,
         (SAMPLES, config.in_channels, config.image_size, config.image_size),
@@ -79,7 +78,7 @@ def _write(run: Trainer, path: Path, name: str, dtype: str = "float32", **more: 
     if run.leads:
         record = {"config": run.config.to_json(), "step": run.step, "seconds": run.seconds, **more}
         prediction, names = run.config.prediction, run.data.class_names
-        save(path, model, run.schedule, prediction, names, record, dtype)
+        save(path, model, run.schedule, prediction, names, record, dtype, model.distilled)
 
 
 def _curves(run: Trainer) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ImageSet, drop_labels
-from ..losses import DiffusionLoss, LossAwareTimesteps, UniformTimesteps
+from ..losses import DiffusionLoss, DistillationLoss, LossAwareTimesteps, UniformTimesteps
 from ..models import UNet
+from ..models.distilled import Distilled
 from ..schedule import NoiseSchedule
 from ..store import Store
 from .config import TrainConfig
@@ -48,6 +49,9 @@ class Trainer:
         data: the images, and labels if the model has classes.
         config: how to train.
         out: the run's folder.
+        loss: what to minimise, in place of the `DiffusionLoss` that config says: an object with
+            its `weights`, as many as there are timesteps to draw, and its `with_sums`.
+        distilled: what the saved models are students of; see `fastdiff.distill`.
 
     Raises:
         ValueError: the data's images or labels do not fit the model, or the batch cannot be dealt
@@ -62,6 +66,9 @@ class Trainer:
         data: ImageSet,
         config: TrainConfig,
         out: str | Path = "runs/model",
+        *,
+        loss: DiffusionLoss | DistillationLoss | None = None,
+        distilled: Distilled | None = None,
     ) -> None:
         _check_data(model, data)
         self.world = World()
@@ -80,17 +87,16 @@ class Trainer:
         if config.channels_last and self.device.type != "cpu":
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.schedule, model.prediction = schedule, config.prediction
-        model.class_names = data.class_names
+        model.class_names, model.distilled = data.class_names, distilled
         model.recompute = config.recompute
         model.compile_blocks() if config.compile else model.fuse_blocks()
-        self.loss = DiffusionLoss(
+        self.loss = loss or DiffusionLoss(
             schedule, config.prediction, config.weighting, model.config.learned_variance
         )
+        levels = len(self.loss.weights)
         draws = {"uniform": UniformTimesteps, "loss_aware": LossAwareTimesteps}[config.timesteps]
-        self.timesteps = draws(len(schedule))
-        self.metrics = Metrics(
-            self.out, len(schedule), self.device, config.tensorboard and self.leads
-        )
+        self.timesteps = draws(levels)
+        self.metrics = Metrics(self.out, levels, self.device, config.tensorboard and self.leads)
         self._network = wrapped(model, self.world, config.fsdp)
         # with FSDP a process updates its parts only, which are plain tensors here
         self.weights = {name: local(p) for name, p in model.named_parameters()}
@@ -206,7 +212,7 @@ class Trainer:
     def _train_step(self) -> Tensor:
         """Make a step; its loss, a scalar on the device."""
         config, step, size = self.config, self.step, self.config.batch_size // self.parts
-        seen, by_t = [], torch.zeros(len(self.schedule), 3, device=self.device)
+        seen, by_t = [], torch.zeros(len(self.loss.weights), 3, device=self.device)
         for k in range(config.accumulate):
             part = self.world.rank * config.accumulate + k
             first = part * size

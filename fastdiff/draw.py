@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..images import to_uint8
-from ..rollout import Model
-from ..samplers import Sampler
+from .images import to_uint8
+from .rollout import Model
+from .samplers import Sampler
 
 
-def draw_samples(
+def draw_batches(
     network: Model,
     sampler: Sampler,
     shape: tuple[int, int, int],
@@ -23,8 +25,9 @@ def draw_samples(
     first: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = False,
-) -> Tensor:
-    """`count` images: uint8 [count, C, H, W], on the CPU.
+    frames: list[list[Tensor]] | None = None,
+) -> Iterator[Tensor]:
+    """`count` images, a batch at a time: uint8 [b, C, H, W], on the CPU.
 
     Image k is that of the stream (seed, first + k) whatever the batch, so that a part of a set
     can be made by itself.
@@ -35,11 +38,17 @@ def draw_samples(
         guidance: weight w; None leaves it to the sampler's table.
         batch: images at a time.
         first: number of the first image.
+        progress: show a bar.
+        frames: gets the predicted images of every row of a batch, a list a batch.
     """
-    parts = []
     with tqdm(total=count, desc="samples", unit="image", disable=not progress) as bar:
         for start in range(0, count, batch):
             size = min(batch, count - start)
+            rows: list[Tensor] = []
+
+            def keep(row: int, x: Tensor, x0: Tensor, rows: list[Tensor] = rows) -> None:
+                rows.append(to_uint8(x0))
+
             x = sampler.sample(
                 network,
                 (size, *shape),
@@ -47,7 +56,9 @@ def draw_samples(
                 first_index=first + start,
                 cond=None if labels is None else labels[start : start + size].to(device),
                 guidance=guidance,
+                callback=None if frames is None else keep,
             )
-            parts.append(to_uint8(x))
+            if frames is not None:
+                frames.append(rows)
+            yield to_uint8(x)
             bar.update(size)
-    return torch.cat(parts)

@@ -1,0 +1,221 @@
+"""The stages: each halves the steps of the model before it, and is a run of the Trainer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import CONFIG, load
+from ..data import ImageSet
+from ..engine import optimize
+from ..engine.tune import measured, recall
+from ..files import make_folder, write_bytes
+from ..losses.distillation import DistillationLoss
+from ..models import UNet
+from ..models.distilled import Distilled
+from ..schedule import NoiseSchedule
+from ..train import TrainConfig, Trainer
+from .config import DistillConfig
+from .report import REPORT, write_report
+
+# Salimans & Ho 2022, table 1 and appendix: Adam, no average of the weights, rate falling to 0
+TRAIN = TrainConfig(
+    steps=10_000,
+    lr=1e-4,
+    warmup=0,
+    decay="linear",
+    ema=0.0,
+    weighting="snr_trunc",
+    label_dropout=0.0,
+)
+
+
+CHOICES = "engine.json"  # what the engine measured of the teacher
+# how much larger an error in eps may be in x0 where sampling starts: 157 on the linear schedule
+MAGNIFIED = 1000.0
+
+
+def distill(
+    teacher: UNet,
+    schedule: NoiseSchedule | None,
+    start_steps: int,
+    end_steps: int,
+    data: ImageSet,
+    out: str | Path = "runs/students",
+    *,
+    train: TrainConfig = TRAIN,
+    held_out: ImageSet | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> UNet:
+    """Distil a model, in stages, into one that takes end_steps DDIM steps; returns that student.
+
+    The folder gets one of a student's steps for each stage (out/32, out/16, ...): its checkpoint,
+    which `fastdiff.load` reads and whose `distilled` says how it is sampled; the states and curves
+    of a training run; and, with `held_out`, report.json and a picture beside its teacher's. Any
+    number of processes, as for the Trainer.
+
+    Args:
+        teacher: the network, in eval mode, on the device to train on. It stays as it is.
+        schedule: its noise schedule; None is `teacher.schedule`.
+        start_steps, end_steps, options: fields of `DistillConfig`.
+        data: images, and labels if the model has classes.
+        out: the folder.
+        train: how each stage is trained; students predict what their teacher does.
+        held_out: images that were not trained on.
+        resume: go on in a folder that holds stages.
+        progress: show a bar for each stage.
+
+    Raises:
+        ValueError: what does not fit together, before any work.
+        FileExistsError: the folder holds stages and `resume` is false.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved, `resume` goes on.
+        OSError, FloatingPointError, LostWorker: as `Trainer.fit`.
+    """
+    config = DistillConfig(start_steps=start_steps, end_steps=end_steps, **options)
+    schedule = _fitting(teacher, schedule, config)
+    device = next(teacher.parameters()).device
+    train = replace(train, prediction=teacher.prediction or train.prediction)
+    timesteps = schedule.timesteps(config.start_steps, "trailing").tolist()
+    if teacher.distilled is not None:
+        timesteps = list(teacher.distilled.timesteps)
+    guidance = teacher.distilled.guidance if teacher.distilled else config.guidance
+    for k, steps in enumerate(config.stages):
+        stage, folder = _training(train, config, k), Path(out) / str(steps)
+        loss = _objective(teacher, schedule, timesteps, stage, config, first=k == 0)
+        start, timesteps = _start(teacher, config), timesteps[::2]
+        made = Distilled(tuple(timesteps), guidance)
+        student = copy.deepcopy(start)
+        trainer = Trainer(student, schedule, data, stage, folder, loss=loss, distilled=made)
+        if not (resume and _finished(folder, stage)):
+            _settle_engine(trainer, loss, Path(out))
+            trainer.fit(resume=resume and trainer.store.exists(), progress=progress)
+            if trainer.step < stage.steps:
+                raise KeyboardInterrupt
+        trainer.world.share(None)  # the others read what the first process has written
+        student = load(folder).to(device)
+        wanted = held_out is not None and config.report_images and trainer.leads
+        if wanted and not (folder / REPORT).exists():
+            write_report(folder, start, student, loss, held_out, config)
+        teacher = student
+    return teacher
+
+
+def _fitting(teacher: UNet, schedule: NoiseSchedule | None, config: DistillConfig) -> NoiseSchedule:
+    """The schedule, once it and the configuration fit the teacher."""
+    own = teacher.schedule
+    if schedule is None:
+        schedule = own
+    if schedule is None:
+        raise ValueError("schedule: the teacher carries none; give the one it was trained with")
+    if own is not None and schedule != own:
+        raise ValueError(
+            f"schedule={schedule!r}: the teacher was trained with {own!r}, whose timesteps it "
+            "knows; leave schedule out, or train the teacher on the other one"
+        )
+    made = teacher.distilled
+    if made is not None and len(made.timesteps) != config.start_steps:
+        raise ValueError(
+            f"start_steps={config.start_steps}: the teacher was distilled to {len(made.timesteps)} "
+            "steps; start there"
+        )
+    if made is not None and config.guidance is not None:
+        raise ValueError(
+            f"guidance={config.guidance}: the teacher was distilled and has its guidance in it; "
+            "leave it out"
+        )
+    if config.start_steps > len(schedule):
+        raise ValueError(
+            f"start_steps={config.start_steps}: must be at most {len(schedule)}, the schedule's"
+        )
+    if teacher.prediction in ("eps", "score"):
+        t = int(schedule.timesteps(config.start_steps, "trailing")[0])
+        magnified = schedule.sigma[t] / schedule.alpha[t] if schedule.alpha[t] else math.inf
+        if magnified > MAGNIFIED:
+            raise ValueError(
+                f"teacher: predicts {teacher.prediction!r}, of which an error at timestep {t} is "
+                f"{magnified:.3g} times as large in x0, so that few steps cannot start there; "
+                "train a teacher that predicts 'v' or 'x0', or on NoiseSchedule.linear"
+            )
+    if teacher.config.learned_variance:
+        raise ValueError(
+            "teacher: has a learned variance, which deterministic steps have no use for; "
+            "train or load one without"
+        )
+    guided = config.guidance is not None or config.guidance_max is not None
+    if guided and teacher.config.num_classes is None:
+        raise ValueError(f"guidance={config.guidance}: the teacher has no classes; leave it out")
+    return schedule
+
+
+def _training(train: TrainConfig, config: DistillConfig, k: int) -> TrainConfig:
+    """How stage k is trained."""
+    steps = config.updates[k] if k < len(config.updates) else train.steps
+    return replace(train, steps=steps, lr=config.lrs[k] if k < len(config.lrs) else train.lr)
+
+
+def _objective(
+    teacher: UNet,
+    schedule: NoiseSchedule,
+    timesteps: list[int],
+    train: TrainConfig,
+    config: DistillConfig,
+    first: bool,
+) -> DistillationLoss:
+    # later teachers are students: what they learned has its weight in it, or as an input
+    guidance: float | tuple[float, float] | None = config.guidance if first else None
+    if config.guidance_max is not None:
+        guidance = (0.0, config.guidance_max)
+    network: nn.Module = teacher.eval()
+    if config.engine != "off":
+        network = optimize(teacher, config.engine)
+    prediction, weighting = train.prediction, train.weighting
+    return DistillationLoss(
+        network, schedule, timesteps, prediction, weighting=weighting, guidance=guidance
+    )
+
+
+def _start(teacher: UNet, config: DistillConfig) -> UNet:
+    """A student before its training: the teacher, with an input for the weight if it needs one."""
+    shape = replace(teacher.config, guidance_max=config.guidance_max, dropout=0.0)
+    student = UNet(shape).to(next(teacher.parameters()).device)
+    given = teacher.config.guidance_max == config.guidance_max
+    student.load_state_dict(teacher.state_dict(), strict=given)
+    return student.eval()
+
+
+def _settle_engine(trainer: Trainer, loss: DistillationLoss, out: Path) -> None:
+    """Have the teacher's backends measured once for a folder and for all processes.
+
+    They differ in rounding; so a run that is resumed computes what the uninterrupted one would.
+    """
+    path, choices = out / CHOICES, None
+    if trainer.leads:
+        if path.is_file():
+            recall(json.loads(path.read_text()))
+        size = trainer.config.batch_size // trainer.parts
+        i = torch.zeros(size, dtype=torch.int64, device=trainer.device)
+        cond = None if trainer.model.config.num_classes is None else i
+        w: Any = loss.guidance
+        if loss.draws_weight:
+            w = torch.zeros(size, device=trainer.device)
+        loss.target_of(torch.zeros(size, *trainer.data.shape, device=trainer.device), i, cond, w)
+        make_folder(out)
+        write_bytes(path, json.dumps(choices := measured()).encode())
+    choices = trainer.world.share(choices)
+    if not trainer.leads:
+        recall(choices)
+
+
+def _finished(folder: Path, stage: TrainConfig) -> bool:
+    """Whether the folder holds the stage's student, trained to the end."""
+    path = folder / CONFIG
+    return path.is_file() and json.loads(path.read_text())["training"]["step"] >= stage.steps
