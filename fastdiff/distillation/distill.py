@@ -17,6 +17,7 @@ from ..data import ImageSet
 from ..engine import optimize
 from ..engine.tune import measured, recall
 from ..files import make_folder, write_bytes
+from ..integrations.diffusers import from_diffusers
 from ..losses.distillation import DistillationLoss
 from ..models import UNet
 from ..models.distilled import Distilled
@@ -43,7 +44,7 @@ MAGNIFIED = 1000.0
 
 
 def distill(
-    teacher: UNet,
+    teacher: nn.Module,
     schedule: NoiseSchedule | None,
     start_steps: int,
     end_steps: int,
@@ -52,6 +53,7 @@ def distill(
     *,
     train: TrainConfig = TRAIN,
     held_out: ImageSet | None = None,
+    prediction: str | None = None,
     resume: bool = False,
     progress: bool = True,
     **options: Any,
@@ -64,13 +66,15 @@ def distill(
     number of processes, as for the Trainer.
 
     Args:
-        teacher: the network, in eval mode, on the device to train on. It stays as it is.
+        teacher: the network, in eval mode, on the device to train on. It stays as it is. A UNet,
+            or diffusers' UNet2DModel, which `fastdiff.integrations.diffusers` makes one of.
         schedule: its noise schedule; None is `teacher.schedule`.
         start_steps, end_steps, options: fields of `DistillConfig`.
         data: images, and labels if the model has classes.
         out: the folder.
         train: how each stage is trained; students predict what their teacher does.
         held_out: images that were not trained on.
+        prediction: what the teacher predicts, where it does not say (`teacher.prediction`).
         resume: go on in a folder that holds stages.
         progress: show a bar for each stage.
 
@@ -81,9 +85,16 @@ def distill(
         OSError, FloatingPointError, LostWorker: as `Trainer.fit`.
     """
     config = DistillConfig(start_steps=start_steps, end_steps=end_steps, **options)
-    schedule = _fitting(teacher, schedule, config)
+    if not isinstance(teacher, UNet):
+        teacher = from_diffusers(teacher)
+    prediction = teacher.prediction or prediction
+    if prediction is None:
+        raise ValueError(
+            "prediction: the teacher does not say what it predicts; give it: 'eps', .."
+        )
+    schedule = _fitting(teacher, schedule, prediction, config)
     device = next(teacher.parameters()).device
-    train = replace(train, prediction=teacher.prediction or train.prediction)
+    train = replace(train, prediction=prediction)
     timesteps = schedule.timesteps(config.start_steps, "trailing").tolist()
     if teacher.distilled is not None:
         timesteps = list(teacher.distilled.timesteps)
@@ -102,14 +113,16 @@ def distill(
                 raise KeyboardInterrupt
         trainer.world.share(None)  # the others read what the first process has written
         student = load(folder).to(device)
-        wanted = held_out is not None and config.report_images and trainer.leads
-        if wanted and not (folder / REPORT).exists():
+        due = config.report_images and trainer.leads and not (folder / REPORT).exists()
+        if held_out is not None and due:
             write_report(folder, start, student, loss, held_out, config)
         teacher = student
     return teacher
 
 
-def _fitting(teacher: UNet, schedule: NoiseSchedule | None, config: DistillConfig) -> NoiseSchedule:
+def _fitting(
+    teacher: UNet, schedule: NoiseSchedule | None, prediction: str, config: DistillConfig
+) -> NoiseSchedule:
     """The schedule, once it and the configuration fit the teacher."""
     own = teacher.schedule
     if schedule is None:
@@ -136,12 +149,12 @@ def _fitting(teacher: UNet, schedule: NoiseSchedule | None, config: DistillConfi
         raise ValueError(
             f"start_steps={config.start_steps}: must be at most {len(schedule)}, the schedule's"
         )
-    if teacher.prediction in ("eps", "score"):
+    if prediction in ("eps", "score"):
         t = int(schedule.timesteps(config.start_steps, "trailing")[0])
         magnified = schedule.sigma[t] / schedule.alpha[t] if schedule.alpha[t] else math.inf
         if magnified > MAGNIFIED:
             raise ValueError(
-                f"teacher: predicts {teacher.prediction!r}, of which an error at timestep {t} is "
+                f"teacher: predicts {prediction!r}, of which an error at timestep {t} is "
                 f"{magnified:.3g} times as large in x0, so that few steps cannot start there; "
                 "train a teacher that predicts 'v' or 'x0', or on NoiseSchedule.linear"
             )
