@@ -132,7 +132,7 @@ def test_a_diffusers_unet_is_distilled(tmp_path):
     schedule = NoiseSchedule.linear(1000)
     images = torch.randint(256, (40, 1, 16, 16), dtype=torch.uint8)
     train = TrainConfig(
-        steps=120, batch_size=8, lr=3e-4, warmup=0, decay="linear", ema=0.0,
+        steps=120, batch_size=8, lr=1e-4, warmup=0, decay="linear", ema=0.0,
         weighting="snr_trunc", label_dropout=0.0, channels_last=False,
     )  # fmt: skip
     student = distill(
