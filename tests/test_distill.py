@@ -157,6 +157,17 @@ def test_an_eps_teacher_of_a_discrete_schedule_is_distilled_exactly_or_refused(t
     assert not (tmp_path / "b").exists()
 
 
+def test_teachers_that_predict_both_are_distilled_and_come_back(tmp_path):
+    both = teacher(dataclasses.replace(TINY, predict_both=True), "x0")
+    student = run(tmp_path / "a", both, 4, 2)
+    said = json.loads((tmp_path / "a" / "2" / "report.json").read_text())["mean squared error"]
+    assert all(row["student"] < 0.7 * row["start"] for row in said)
+    x, t = torch.randn(2, 1, 32, 32), torch.tensor([999, 499])
+    assert torch.equal(load(tmp_path / "a" / "2")(x, t), student(x, t))
+    with pytest.raises(ValueError, match="prediction='v': a model with predict_both outputs 'x0'"):
+        run(tmp_path / "b", teacher(dataclasses.replace(TINY, predict_both=True)))
+
+
 def test_a_student_can_be_distilled_further(guided, tmp_path):
     out, two = guided
     one = distill(load(out / "2"), None, 2, 1, data(), tmp_path, train=TRAIN, progress=False)

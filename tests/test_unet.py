@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastdiff import NoiseSchedule, optimize
 from fastdiff.models import UNet, UNetConfig
 from fastdiff.models.blocks import ResBlock
 
@@ -141,6 +142,28 @@ def test_learned_variance_doubles_the_output():
     x, t, cond = inputs(config)
     assert config.out_channels == 6
     assert UNet(config)(x, t, cond).shape == (3, 6, 16, 16)
+
+
+def test_both_predictions_are_merged_by_the_schedule():
+    """sigma^2 x0 + alpha (x_t - sigma eps) is x0 where both are right (Salimans & Ho 2022)."""
+    config = dataclasses.replace(SMALL, predict_both=True)
+    model = randomised(UNet(config))
+    x, t, cond = inputs(config)
+    with pytest.raises(ValueError, match="schedule: predict_both needs it"):
+        model(x, t, cond)
+    model.schedule = schedule = NoiseSchedule.cosine(1000)
+    x0, eps = model.denoise(x, model.embed(t, cond)).chunk(2, 1)
+    alpha, sigma = (
+        torch.tensor(c[t])[:, None, None, None] for c in (schedule.alpha, schedule.sigma)
+    )
+    merged = (sigma**2 * x0 + alpha * (x - sigma * eps)).float()
+    assert merged.shape == x.shape
+    torch.testing.assert_close(model(x, t, cond), merged)
+    torch.testing.assert_close(optimize(model)(x, t, cond), merged, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (model(x, t, cond) - merged).norm() < 0.03 * merged.norm()
+    with pytest.raises(ValueError, match="both set; choose one"):
+        dataclasses.replace(config, learned_variance=True)
 
 
 def test_patches_are_channels_of_a_smaller_image():

@@ -200,6 +200,7 @@ def _start(teacher: UNet, config: DistillConfig) -> UNet:
     """A student before its training: the teacher, with an input for the weight if it needs one."""
     shape = replace(teacher.config, guidance_max=config.guidance_max, dropout=0.0)
     student = UNet(shape).to(next(teacher.parameters()).device)
+    student.schedule = teacher.schedule
     given = teacher.config.guidance_max == config.guidance_max
     student.load_state_dict(teacher.state_dict(), strict=given)
     return student.eval()

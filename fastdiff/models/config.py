@@ -57,6 +57,9 @@ class UNetConfig(Record):
         guidance_max: the network has the guidance weight w as an input, from 0 to this (Meng et al.
             2022, "On Distillation of Guided Diffusion Models"); None: it has not.
         learned_variance: the output has a second set of channels, the variance's.
+        predict_both: output x0 merged from a prediction of x0 and one of eps, each as much as it
+            knows at t: sigma^2 x0 + alpha (x_t - sigma eps) (Salimans & Ho 2022, section 4). Needs
+            the model's `schedule`; its prediction is "x0".
         norm_groups: groups of GroupNorm; the greatest divisor shared with the width is used.
         norm_eps: epsilon of GroupNorm.
         time_embedding: "adm" (cosines first, frequencies over half) or "ddpm" (sines first,
@@ -82,6 +85,7 @@ class UNetConfig(Record):
     num_classes: int | None = None
     guidance_max: float | None = None
     learned_variance: bool = False
+    predict_both: bool = False
     norm_groups: int = 32
     norm_eps: float = 1e-5
     time_embedding: str = "adm"
@@ -157,6 +161,8 @@ class UNetConfig(Record):
             one_of(name, getattr(self, name), choices)
         if not self.channel_mult:
             raise ValueError("channel_mult=(): must have a factor for each level, one at least")
+        if self.predict_both and self.learned_variance:
+            raise ValueError("predict_both, learned_variance: are both set; choose one")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout!r}: must be in [0, 1)")
         if self.guidance_max is not None and not self.guidance_max > 0.0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,10 +107,11 @@ class UNet(nn.Module):
                     else Upsample(channels)
                 )
 
+        outputs = config.out_channels * area * (2 if config.predict_both else 1)
         self.out = nn.Sequential(
             group_norm(channels, config),
             nn.SiLU(),
-            zeroed(nn.Conv2d(first, config.out_channels * area, 3, padding=1)),
+            zeroed(nn.Conv2d(first, outputs, 3, padding=1)),
         )
 
     def fuse_blocks(self, fused: bool = True) -> UNet:
@@ -210,7 +212,17 @@ class UNet(nn.Module):
             ValueError, TypeError: wrong shapes, dtypes, or labels; before any work.
         """
         self.check(x, t, cond, w)
-        return self.denoise(x, self.embed(t, cond, w))
+        out = self.denoise(x, self.embed(t, cond, w))
+        return self._merged(out, x, t) if self.config.predict_both else out
+
+    def _merged(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        assert self.schedule is not None  # as checked
+        levels = np.stack((self.schedule.alpha, self.schedule.sigma))
+        alpha, sigma = torch.tensor(levels, dtype=torch.float32, device=x.device)[:, t.long()].to(
+            x.dtype
+        )[..., None, None, None]
+        x0, eps = out.to(x.dtype).chunk(2, 1)
+        return sigma**2 * x0 + alpha * (x - sigma * eps)
 
     def at_guidance(self, w: float) -> AtGuidance:
         """This network with the guidance weight w, called as model(x, t, cond): for samplers."""
@@ -235,6 +247,8 @@ class UNet(nn.Module):
                 f"x of {x.shape[2]}x{x.shape[3]} pixels: height and width must be divisible "
                 f"by {multiple}; pad the images"
             )
+        if config.predict_both and self.schedule is None:
+            raise ValueError("schedule: predict_both needs it; set model.schedule")
         weight = self.out[2].weight
         if x.device != weight.device:
             raise ValueError(f"x on {x.device}: must be on {weight.device}, as the model")

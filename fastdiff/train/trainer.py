@@ -71,6 +71,10 @@ class Trainer:
         distilled: Distilled | None = None,
     ) -> None:
         _check_data(model, data)
+        if model.config.predict_both and config.prediction != "x0":
+            raise ValueError(
+                f"prediction={config.prediction!r}: a model with predict_both outputs 'x0'"
+            )
         self.world = World()
         self.leads = self.world.rank == 0  # it writes and speaks
         self.sharded = config.fsdp and self.world.size > 1
