@@ -1,7 +1,7 @@
 """python bench/fewer_steps.py: how good images are after few steps, by sampler and by student.
 
-Fréchet distance, class accuracy and time an image of the shipped Fashion-MNIST model's samplers at 1
-to 64 steps, and of its distilled students, all from the same noise. A point that docs/steps.json
+Fréchet distance, class accuracy and time an image of the shipped Fashion-MNIST model's samplers at
+1 to 64 steps, and of its distilled students, all from the same noise. A point that docs/steps.json
 has is not drawn again, so that the script may be stopped at any time.
 """
 

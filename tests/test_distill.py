@@ -136,6 +136,8 @@ def test_the_weight_as_an_input_is_learned(tmp_path):
     assert (much - none).norm() > (some - none).norm() > 0.01 * none.norm()
     fast = sampler.sample(optimize(student.at_guidance(2.0)), **how)
     torch.testing.assert_close(fast, some, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"takes a weight from 0 to 4.0; give that"):
+        distill(student, None, 2, 1, data(), tmp_path / "b", guidance_max=2.0)
     for w in (-0.1, 4.1):
         with pytest.raises(ValueError, match=rf"w={w}: must be in \[0, 4.0\]"):
             student.at_guidance(w)

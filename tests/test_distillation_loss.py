@@ -1,5 +1,7 @@
 """DistillationLoss against the paper in float64, and on Gaussian data in closed form."""
 
+import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -222,6 +224,29 @@ def test_an_optimized_teacher_gives_the_same_targets_also_under_autocast(network
     torch.testing.assert_close(loss.target_of(x0, i, cond, 1.0), plain, rtol=1e-3, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(loss.target_of(x0, i, cond, 1.0), plain, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bfloat16_teacher_gets_states_of_its_dtype(network):
+    x0, i, cond = batch()
+    plain = DistillationLoss(network, SCHEDULE, TIMESTEPS, guidance=1.0).target_of(x0, i, cond, 1.0)
+    half = copy.deepcopy(network).bfloat16()
+    ours = DistillationLoss(half, SCHEDULE, TIMESTEPS, guidance=1.0).target_of(x0, i, cond, 1.0)
+    assert ours.dtype == torch.float32 and 0 < (ours - plain).norm() < 0.05 * plain.norm()
+
+
+def test_a_teacher_whose_weight_is_settled_is_a_plain_one(network):
+    x0, i, cond = batch()
+    weighted = UNet(dataclasses.replace(network.config, guidance_max=2.0)).eval()
+    weighted.load_state_dict(network.state_dict(), strict=False)
+    with pytest.raises(ValueError, match=r"settle it: teacher.at_guidance\(w\)"):
+        DistillationLoss(weighted, SCHEDULE, TIMESTEPS)
+    with torch.no_grad():
+        weighted.guidance_embed[2].weight.normal_()
+    settled = weighted.at_guidance(1.5)
+    ours = DistillationLoss(settled, SCHEDULE, TIMESTEPS).target_of(x0, i, cond)
+    drawn = DistillationLoss(weighted, SCHEDULE, TIMESTEPS, guidance=(0.0, 2.0))
+    theirs = drawn.target_of(x0, i, cond, torch.full((len(x0),), 1.5))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_only_the_student_gets_gradients(network):

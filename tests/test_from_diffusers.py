@@ -116,6 +116,11 @@ def test_parts_that_we_have_not_are_named(options, message):
         from_diffusers(theirs)
 
 
+def test_other_networks_are_refused():
+    with pytest.raises(TypeError, match="is a Linear, must be a diffusers UNet2DModel"):
+        from_diffusers(torch.nn.Linear(2, 2))
+
+
 def test_schedule_and_prediction_are_the_schedulers():
     scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction")
     model = from_diffusers(peer(), scheduler)

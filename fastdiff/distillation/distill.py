@@ -145,6 +145,11 @@ def _fitting(
             f"guidance={config.guidance}: the teacher was distilled and has its guidance in it; "
             "leave it out"
         )
+    if teacher.config.guidance_max not in (None, config.guidance_max):
+        raise ValueError(
+            f"guidance_max={config.guidance_max}: the teacher takes a weight from 0 to "
+            f"{teacher.config.guidance_max}; give that"
+        )
     if config.start_steps > len(schedule):
         raise ValueError(
             f"start_steps={config.start_steps}: must be at most {len(schedule)}, the schedule's"

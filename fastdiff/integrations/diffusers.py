@@ -54,8 +54,11 @@ def from_diffusers(unet: Any, scheduler: Any = None) -> UNet:
             `schedule` and `prediction`.
 
     Raises:
+        TypeError: it is no UNet2DModel.
         ValueError: a part of it is none that our network has; says which.
     """
+    if type(unet).__name__ != "UNet2DModel":
+        raise TypeError(f"unet: is a {type(unet).__name__}, must be a diffusers UNet2DModel")
     config = _config(unet)
     with torch.device("meta"):
         model = UNet(config)

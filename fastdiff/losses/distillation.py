@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import one_of
 from ..halving import halve
-from ..rollout import unconditional
+from ..rollout import placement, unconditional
 from ..schedule import NoiseSchedule
 from . import streams
 from .device import at
@@ -81,6 +81,7 @@ class DistillationLoss:
                 f"weighting={weighting!r}: is infinite at alpha = 0; use 'v_mse' or 'constant', "
                 "or leave that timestep out"
             )
+        self._dtype, _ = placement(teacher)
         self.draws_weight = isinstance(guidance, tuple)
         config = getattr(teacher, "config", None)
         self.takes_weight = getattr(config, "guidance_max", None) is not None
@@ -165,6 +166,7 @@ class DistillationLoss:
         self, z: Tensor, t: Tensor, cond: Any, w: float | Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         """Its output; with the one without condition and the weight, where these combine."""
+        z = z.to(self._dtype)
         if w is None or self.takes_weight:
             teacher = self.teacher if w is None else partial(self.teacher, w=w)
             return output_of(teacher, z, t, cond, z.shape), {}

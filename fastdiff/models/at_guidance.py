@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 class AtGuidance(nn.Module):
     """Called as model(x, t, cond); shares the network's parameters and its other attributes.
+
+    To all others it is a network that takes no weight.
 
     Made by `UNet.at_guidance`. Optimized, the weight costs nothing: its embedding is a constant.
 
@@ -30,7 +33,7 @@ class AtGuidance(nn.Module):
             raise ValueError(f"w={w}: this network does not take a guidance weight as an input")
         if not 0.0 <= w <= most:
             raise ValueError(f"w={w}: must be in [0, {most}], which the network has learned")
-        self.network = network
+        self.network, self.config = network, replace(network.config, guidance_max=None)
         self.register_buffer("w", torch.tensor([float(w)]), persistent=False)
         self.to(next(network.parameters()).device).train(network.training)
 
