@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from fastdiff import NoiseSchedule, UNet, UNetConfig, load, save
 from fastdiff.files import read_tensors
 
 SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
@@ -40,14 +42,14 @@ RECIPE = {
 }
 
 
-def start(folder, *flags, processes=2):
-    """`fastdiff train` in so many processes."""
+def start(folder, *flags, processes=2, verb="train", recipe=RECIPE):
+    """`fastdiff train`, or another verb, in so many processes."""
     folder.mkdir(exist_ok=True)
-    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    (folder / "recipe.json").write_text(json.dumps(recipe))
     files = ("--config", str(folder / "recipe.json"), "--out", str(folder / "run"))
     command = [sys.executable, *(("-m", *TORCHRUN) if processes > 1 else ()), "-m", "fastdiff"]
     return subprocess.Popen(
-        [*command, "train", *files, "--data", str(SAMPLE), "--device", "cpu", *flags],
+        [*command, verb, *files, "--data", str(SAMPLE), "--device", "cpu", *flags],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -117,3 +119,28 @@ def test_a_worker_that_dies_stops_the_others_and_a_restart_resumes(tmp_path):
     shutil.copytree(tmp_path, tmp_path / "alone")
     resume = ("--resume", "--steps", str(step + 2))
     same(trained(tmp_path, *resume), trained(tmp_path / "alone", *resume, processes=1))
+
+
+def test_a_distillation_by_two_processes_is_that_of_one(tmp_path):
+    torch.manual_seed(0)
+    model = UNet(UNetConfig.from_json(RECIPE["model"]))
+    for p in model.parameters():
+        p.data.add_(0.03 * torch.randn_like(p))
+    save(tmp_path / "teacher", model, NoiseSchedule.cosine(1000), "v")
+    recipe = {
+        "teacher": str(tmp_path / "teacher"),
+        "data": RECIPE["data"],
+        "distill": {"start_steps": 4, "end_steps": 1, "guidance": 1.0, "engine": "off"},
+        "train": {**RECIPE["train"], "warmup": 0, "ema": 0.0, "label_dropout": 0.0},
+    }
+    for processes in (1, 2):
+        run = start(tmp_path / str(processes), processes=processes, verb="distill", recipe=recipe)
+        said = finish(run)
+        assert run.returncode == 0 and said.count("students of 2, 1 steps") == 1, said
+    for steps in ("2", "1"):
+        alone, both = (
+            torch.cat([p.flatten() for p in load(tmp_path / n / "run" / steps).parameters()])
+            for n in ("1", "2")
+        )
+        assert (both - alone).norm() < 1e-6 * alone.norm()
+        assert (tmp_path / "2" / "run" / steps / "report.json").exists()
