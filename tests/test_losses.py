@@ -159,3 +159,23 @@ def test_bad_input_is_refused():
         DiffusionLoss(COSINE)(lambda x, t: torch.cat((x, x), 1), torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="t: spans 0 to 1000"):
         DiffusionLoss(COSINE)(lambda x, t: x, torch.zeros(2, 1), torch.tensor([0, 1000]))
+
+
+@pytest.mark.parametrize("weighting", ["vlb", "hybrid"])
+def test_the_first_timestep_leaves_the_gradients_of_the_noisiest_alone(weighting):
+    """An error in eps is thousands of times as large in x0 at t = T - 1, where t = 0 has a tail."""
+    schedule = NoiseSchedule.cosine(1000)
+    loss = DiffusionLoss(schedule, "eps", weighting, learned_variance=True)
+    x0, t = torch.rand(2, 1, 8, 8) * 2 - 1, torch.tensor([0, 999])
+    noise = torch.randn(2, 1, 8, 8)
+    output = 4 * torch.randn(2, 2, 8, 8)
+
+    def gradient(part):
+        given = output[part].clone().requires_grad_()
+        losses, _ = loss.with_sums(lambda *_: given, x0[part], t[part], noise=noise[part])
+        losses.sum().backward()
+        return given.grad
+
+    together = gradient(slice(0, 2))
+    assert together.isfinite().all()
+    torch.testing.assert_close(together, torch.cat([gradient(slice(k, k + 1)) for k in (0, 1)]))

@@ -65,8 +65,11 @@ class Bound:
         each = (d + torch.expm1(-d)) / 2 + weight * torch.exp(-d) * error.square()
         # the likelihood of all, chosen from by t: a GPU's t is not read back
         if torch.compiler.is_compiling() or t.device.type != "cpu" or bool((t == 0).any()):
-            likelihood = log_likelihood(x0, error, std * torch.exp(d / 2))
-            each = torch.where(rows(t == 0, error), -likelihood, each)
+            first = rows(t == 0, error)
+            # of the others, one without an error: an infinite gradient times 0 would be NaN
+            wrong = torch.where(first, error, 0.0)
+            likelihood = log_likelihood(x0, wrong, torch.where(first, std * torch.exp(d / 2), 1.0))
+            each = torch.where(first, -likelihood, each)
         return each.reshape(len(t), -1).mean(1) / math.log(2)
 
 
