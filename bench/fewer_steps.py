@@ -111,8 +111,14 @@ class Bench:
 
 
 def points(
-    bench: Bench, model: UNet, w: float, students: list[UNet], done: set[tuple[str, int]]
+    bench: Bench,
+    model: UNet,
+    w: float,
+    students: list[UNet],
+    numbers: list[int],
+    done: set[tuple[str, int]],
 ) -> Iterator[Point]:
+    """The points that are not done, the students' first."""
     if (REAL, 0) not in done:
         test = fashion_mnist(split="test")
         assert test.labels is not None
@@ -124,7 +130,7 @@ def points(
         assert made is not None
         own = DDIMSampler(student.schedule, spacing=made.timesteps, prediction=student.prediction)
         jobs.append((STUDENT, student, own, None, len(made.timesteps)))
-    for steps in STEPS:
+    for steps in numbers:
         for name, (kind, options) in SAMPLERS.items():
             sampler = kind(
                 model.schedule, steps, spacing="trailing", prediction=model.prediction, clip=1.0,
@@ -159,7 +165,7 @@ def document(found: list[Point], facts: dict[str, Any]) -> str:
         "|---:" * (len(methods) + 1) + "|",
     ]
     by = {(p.method, p.steps): p for p in found}
-    for steps in STEPS:
+    for steps in sorted({p.steps for p in found} - {0}):
         cells = [
             f"{p.fd:.3g}, {p.accuracy:.1%}, {p.ms:.2f} ms" if (p := by.get((m, steps))) else ""
             for m in methods
@@ -197,7 +203,8 @@ def picture(found: list[Point], path: Path) -> None:
             for axes in (left, right):
                 axes.axhline(p.fd, color="#9aa0a6", linestyle=":", label=REAL)
     left.set(xscale="log", yscale="log", xlabel="steps", ylabel="Fréchet distance")
-    left.set_xticks(STEPS, [str(s) for s in STEPS])
+    ticks = sorted({p.steps for p in found} - {0})
+    left.set_xticks(ticks, [str(n) for n in ticks])
     right.set(xscale="log", yscale="log", xlabel="milliseconds an image")
     left.legend(fontsize=8)
     for axes in (left, right):
@@ -208,6 +215,7 @@ def picture(found: list[Point], path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=10_000, help="a point (default 10000)")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="of the samplers")
     parser.add_argument("--guidance", type=float, default=None, help="default: the students'")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
@@ -232,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         found = [Point(**row) for row in before["points"]]
     done = {(p.method, p.steps) for p in found}
     bench = Bench(args.images, args.batch, args.seed)
-    for point in points(bench, model, w, students, done):
+    for point in points(bench, model, w, students, args.steps, done):
         found.append(point)
         record = {
             "facts": facts,

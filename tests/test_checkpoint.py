@@ -242,13 +242,14 @@ def test_another_size_does_not_fit(folder):
         load(folder)
 
 
-def test_the_shipped_model_is_the_recipes_and_has_learned(monkeypatch):
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-iddpm"])
+def test_the_shipped_model_is_the_recipes_and_has_learned(monkeypatch, name):
     monkeypatch.chdir("/")
-    model = load("fashion-mnist")
-    recipe = json.loads((ROOT / "recipes" / "fashion-mnist.json").read_text())
+    model = load(name)
+    recipe = json.loads((ROOT / "recipes" / f"{name}.json").read_text())
     assert model.config == UNetConfig.from_json(recipe["model"])
     assert model.schedule == NoiseSchedule.from_json(recipe["schedule"])
-    folder = checkpoint.ASSETS / "fashion-mnist"
+    folder = checkpoint.ASSETS / name
     training = json.loads((folder / "config.json").read_text())["training"]
     drawn = {"sample_every": recipe["train"]["sample_every"]}  # pictures along the way
     assert TrainConfig.from_json({**training["config"], **drawn}) == TrainConfig.from_json(
@@ -259,7 +260,9 @@ def test_the_shipped_model_is_the_recipes_and_has_learned(monkeypatch):
     data = fashion_mnist(ROOT / "tests" / "data" / "fashion-mnist", "test")
     x0 = data.load(torch.arange(len(data)))
     t = torch.full((len(x0),), 700)
-    loss = DiffusionLoss(model.schedule, model.prediction)
+    learned = model.config.learned_variance
+    weighting = "hybrid" if learned else "simple"
+    loss = DiffusionLoss(model.schedule, model.prediction, weighting, learned)
 
     def held_out(labels):
         torch.manual_seed(0)
