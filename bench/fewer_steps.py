@@ -28,7 +28,7 @@ from bench.records import Settings, machine
 from fastdiff import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, load, optimize
 from fastdiff.data import fashion_mnist
 from fastdiff.draw import draw_batches
-from fastdiff.evaluate import balanced, describe, frechet_distance, load_classifier
+from fastdiff.evaluate import balanced, describe, framed, frechet_distance, load_classifier
 from fastdiff.files import write_bytes
 from fastdiff.models import UNet
 from fastdiff.samplers import Sampler
@@ -82,12 +82,14 @@ class Bench:
         self.classifier = load_classifier()
         training = fashion_mnist(split="train")
         assert training.labels is not None
-        chosen = training.images[balanced(training.labels)[:count]]
-        self.reference, _ = describe(self.classifier, chosen)
+        self.reference, _ = self.described(training.images[balanced(training.labels)[:count]])
         self.labels = torch.arange(count) % 10
 
+    def described(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return describe(self.classifier, framed(images, self.classifier.shape))
+
     def judge(self, images: Tensor, labels: Tensor) -> tuple[float, float]:
-        features, classes = describe(self.classifier, images)
+        features, classes = self.described(images)
         distance = frechet_distance(self.reference, features)
         return distance, classes.eq(labels).double().mean().item()
 

@@ -30,7 +30,8 @@ def test_every_sampler_and_student_is_measured_once(tmp_path, capsys):
     # two guided steps are four evaluations, Heun's (whose last step is Euler's) six
     assert [found[name, 2]["evaluations"] for name in fewer_steps.SAMPLERS] == [4, 4, 4, 4, 6]
     assert found[fewer_steps.STUDENT, 4]["evaluations"] == 4
-    assert found[fewer_steps.REAL, 0]["fd"] < min(p["fd"] for p in found.values() if p["steps"])
+    # the model as it is, in one step: a blur
+    assert 2 * found[fewer_steps.REAL, 0]["fd"] < found[fewer_steps.STUDENT, 1]["fd"]
     text = (tmp_path / "steps.md").read_text()
     assert "| 2 | " in text and "9.12" in text and (tmp_path / "steps.png").stat().st_size > 10_000
     before = (tmp_path / "steps.json").read_bytes()
