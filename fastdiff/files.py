@@ -47,7 +47,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: naming the path and what to do; what was there is as it was.
     """
-    with _replacing(path, len(content)) as file:
+    with replacing(path, len(content)) as file:
         _write(file, content)
 
 
@@ -93,7 +93,7 @@ def write_tensors(
     checksum = zlib.crc32(start)
     digits = STAMPED.match(start, 8)
     assert digits
-    with _replacing(path, size) as file:
+    with replacing(path, size) as file:
         _write(file, start)
         for name in order:
             plain = tensors[name].detach().cpu().contiguous()  # in logical order: not channels-last
@@ -171,8 +171,11 @@ def explain(path: Path, size: int, error: OSError) -> NoReturn:
 
 
 @contextmanager
-def _replacing(path: Path, size: int) -> Iterator[int]:
-    """A temporary file beside `path`, which takes its name once its bytes are on the disk."""
+def replacing(path: Path, size: int) -> Iterator[int]:
+    """A temporary file beside `path`, which takes its name once its bytes are on the disk.
+
+    Yields a file descriptor. `size`, in bytes, is what an error says was needed.
+    """
     try:
         file, temporary = _temporary(path)
         try:

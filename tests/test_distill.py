@@ -293,6 +293,8 @@ def test_the_command_distils_and_the_students_are_sampled(tmp_path, capsys):
     assert (
         main([*picture, "--steps", "2", "--guidance", "1", "--out", str(tmp_path / "y.png")]) == 0
     )
+    assert main([*words, "--prediction", "eps"]) == 1
+    assert "students predict as their teacher" in capsys.readouterr().err
     assert main(words) == 1
     assert "already holds a run" in capsys.readouterr().err
     assert main([*words, "--resume", "--updates", "2", "4"]) == 0

@@ -387,7 +387,7 @@ def test_a_worker_does_not_hold_what_its_dead_parent_held(store):
 def test_what_the_dead_leave_unfinished_is_removed_and_the_living_left_alone(store):
     @contextlib.contextmanager
     def work():
-        with files._replacing(store.folder / name(3), 100) as file:
+        with files.replacing(store.folder / name(3), 100) as file:
             os.write(file, b"half")
             yield
 

@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.prediction is not None:
+        raise ValueError(
+            f"--prediction={args.prediction}: students predict as their teacher; leave it out"
+        )
     recipe = read_recipe(args.config, ("teacher", "data", "distill", "train"))
     config = from_recipe(DistillConfig, recipe["distill"], args)
     train = from_recipe(TrainConfig, recipe["train"], args)

@@ -54,8 +54,6 @@ def add_flags(parser: argparse.ArgumentParser, record: type[Record]) -> None:
         kind: dict[str, Any] = {
             "type": next(kind for kind in (bool, int, float, str) if kind.__name__ in hint)
         }
-        if kind["type"] is int and "float" in hint:
-            kind["type"] = float
         if kind["type"] is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif "tuple" in hint:

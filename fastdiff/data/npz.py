@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import secrets
+import os
 import struct
 import zipfile
 import zlib
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..files import replacing
 from .image_set import ImageSet
 
 
@@ -77,31 +78,30 @@ def npz_writer(
 
     Raises:
         ValueError: there were more images than N, or fewer.
-        OSError: it cannot be written; what was there is as it was.
+        OSError: naming the path and what to do; what was there is as it was.
     """
     written, total = 0, math.prod(shape)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with zipfile.ZipFile(beside, "w") as archive:
-            with archive.open("images.npy", "w", force_zip64=True) as file:
-                head = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
-                np.lib.format.write_array_header_1_0(file, head)
+    with (
+        replacing(path, total) as descriptor,
+        os.fdopen(os.dup(descriptor), "wb") as whole,
+        zipfile.ZipFile(whole, "w") as archive,
+    ):
+        with archive.open("images.npy", "w", force_zip64=True) as file:
+            head = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(file, head)
 
-                def add(images: Tensor) -> None:
-                    nonlocal written
-                    content = images.permute(0, 2, 3, 1).contiguous().numpy()
-                    written += content.nbytes
-                    file.write(content.data)
+            def add(images: Tensor) -> None:
+                nonlocal written
+                content = images.permute(0, 2, 3, 1).contiguous().numpy()
+                written += content.nbytes
+                file.write(content.data)
 
-                yield add
-            if written != total:
-                raise ValueError(f"{path}: got {written} bytes of images, must be {total}")
-            if labels is not None:
-                with archive.open("labels.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+            yield add
+        if written != total:
+            raise ValueError(f"{path}: got {written} bytes of images, must be {total}")
+        if labels is not None:
+            with archive.open("labels.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, labels.numpy(), allow_pickle=False)
 
 
 def _array(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
