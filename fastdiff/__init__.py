@@ -10,6 +10,7 @@ from .interpolate import interpolate
 from .losses import DiffusionLoss
 from .models import UNet, UNetConfig
 from .op import backend
+from .patch import patch, unpatch
 from .samplers import (
     DDIMSampler,
     DDPMSampler,
@@ -43,5 +44,7 @@ __all__ = [
     "load",
     "ops",
     "optimize",
+    "patch",
     "save",
+    "unpatch",
 ]

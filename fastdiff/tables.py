@@ -167,26 +167,31 @@ def dpmpp_2m(
     eta: float = 0.0,
     prediction: str = "eps",
     clip: float | None = None,
+    solver_type: str = "midpoint",
 ) -> Table:
     """DPM-Solver++ 2M, and its SDE variant with eta = 1.
 
-    With rho = e^-h = sigma' alpha / (alpha' sigma) and k = h / (2 h_prev),
-    x' = sigma'/sigma rho^eta x + alpha' (1 - rho^(1+eta)) ((1 + k) D - k D_prev)
-    + sigma' sqrt(1 - rho^(2 eta)) z. The first row and a step to the data are first order (k = 0).
+    With rho = e^-h = sigma' alpha / (alpha' sigma), r = h / h_prev and u = (1 + eta) h,
+    x' = sigma'/sigma rho^eta x + G D + S r (D - D_prev) + sigma' sqrt(1 - rho^(2 eta)) z, where
+    G = alpha' (1 - e^-u), and S = G / 2 ("midpoint") or alpha' (1 - (1 - e^-u) / u) ("heun"). The
+    first row and a step to the data are first order (r = 0).
     Lu et al. 2022, "DPM-Solver++", Algorithm 2 (eta = 0) and SDE-DPM-Solver++(2M) (eta = 1).
     """
+    one_of("solver_type", solver_type, ("midpoint", "heun"))
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}: must be between 0 (deterministic) and 1 (SDE)")
     at = levels(schedule, timesteps, next_timesteps)
     with np.errstate(divide="ignore", invalid="ignore"):
         logsnr = np.log(at.alpha / at.sigma)
         h = np.log(at.alpha_next / at.sigma_next) - logsnr
-        k = np.append(0.0, h[1:] / (2 * np.diff(logsnr)))
-    k = np.where(np.isfinite(k), k, 0.0)
+        r = np.append(0.0, h[1:] / np.diff(logsnr))
+    r = np.where(np.isfinite(r), r, 0.0)
     rho = at.sigma_next * at.alpha / (at.alpha_next * at.sigma)
-    gain = -at.alpha_next * np.expm1(-(1 + eta) * h)
+    u = (1 + eta) * h
+    gain = -at.alpha_next * np.expm1(-u)
+    slope = gain / 2 if solver_type == "midpoint" else at.alpha_next - gain / u
     row = _columns(schedule, at, prediction, clip)
-    row |= {"a": at.sigma_next / at.sigma * rho**eta, "b": gain * (1 + k), "c": -gain * k}
+    row |= {"a": at.sigma_next / at.sigma * rho**eta, "b": gain + slope * r, "c": -slope * r}
     if eta:
         row["s"] = at.sigma_next * np.sqrt(-np.expm1(-2 * eta * h))
     return Table(name=f"dpmpp_2m(eta={eta:g})", e=1.0, **row)

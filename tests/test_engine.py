@@ -154,13 +154,37 @@ def test_samples_are_those_of_the_network(interval):
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_changed_weights_are_noticed():
+CHANGES = {
+    "in place": lambda conv: conv.weight.mul_(2),
+    "through .data": lambda conv: conv.weight.data.copy_(2 * conv.weight),
+    "another .data": lambda conv: setattr(conv.weight, "data", 2 * conv.weight.detach()),
+    "another parameter": lambda conv: setattr(conv, "weight", nn.Parameter(2 * conv.weight)),
+    "another module": lambda conv: conv.register_module("adapter", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_network_is_noticed(change):
     model, args = network("ddpm"), inputs("ddpm")
     fast = optimize(model)
+    before, program = fast(*args), fast._latest
     fast(*args)
+    assert fast._latest is program
     with torch.no_grad():
-        model.input_blocks[0][0].weight.mul_(2)
-    assert relative(fast(*args).double(), run(model, *args)) < 1e-5
+        CHANGES[change](model.input_blocks[0][0])
+    after = fast(*args)
+    assert fast._latest is not program
+    assert relative(after.double(), run(model, *args)) < 1e-5
+    assert torch.allclose(after, before, atol=1e-4) == (change == "another module")
+
+
+def test_a_network_that_was_cast_is_read_again():
+    model, args = network("ddpm"), inputs("ddpm")
+    fast = optimize(model, "float32")
+    fast(*args)
+    expected = run(model, *args)
+    model.bfloat16()
+    assert relative(fast(args[0].bfloat16(), *args[1:]).double(), expected) < 2e-2
 
 
 def test_low_memory_does_without_the_largest_weights():

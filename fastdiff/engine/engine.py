@@ -19,6 +19,7 @@ from .report import Report
 from .simplify import simplify
 from .sites import Weights
 from .tune import tune
+from .watch import Watch
 
 
 class Engine(nn.Module):
@@ -26,8 +27,8 @@ class Engine(nn.Module):
 
     Called like the network, it returns the same. It has no parameters of its own and reads its
     other attributes (config, schedule, ...) from the network. A new shape of inputs is traced,
-    and its layers measured, at its first call; a change of the network's weights is noticed at
-    the next. Several threads may call it: they take turns.
+    and its layers measured, at its first call; a change of the network's modules or weights is
+    noticed at the next. Several threads may call it: they take turns.
 
     Attributes:
         source: the network.
@@ -42,8 +43,6 @@ class Engine(nn.Module):
         self.__dict__["source"] = source  # no submodule: it is not ours to move or to train
         self.compute, self.memory = compute, memory
         self._names = list(inspect.signature(source.forward).parameters)
-        self._parameters_of_source = list(source.parameters())
-        self._dtype = next((p.dtype for p in self._parameters_of_source), torch.float32)
         self._check = getattr(source, "check", None)
         self._lock = threading.RLock()
         self._forget()
@@ -51,7 +50,8 @@ class Engine(nn.Module):
 
     def _forget(self) -> None:
         """Start anew, from the network's weights as they are now."""
-        self._version = self._source_version()
+        self._watch = Watch(self.source)
+        self._dtype = next((p.dtype for p in self.source.parameters()), torch.float32)
         self._traced: list[nn.Module] = []  # hidden from nn.Module, as the source
         self._programs: dict[Any, Program] = {}
         self._weights = Weights()
@@ -145,6 +145,9 @@ class Engine(nn.Module):
     def _inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]:
+        with self._lock:
+            if self._watch.changed():
+                self._forget()
         given = list(args[:2])
         for name in self._names[len(given) : 2]:
             if name not in kwargs:
@@ -169,8 +172,6 @@ class Engine(nn.Module):
         self, x: Tensor, t: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, tuple[Tensor, ...]]:
         """The program for such inputs, bound to the arena, and the tensors after x and t."""
-        if self._version != self._source_version():
-            self._forget()
         leaves, structure = pytree.tree_flatten((args, kwargs))
         rest = tuple(
             leaf.float() if leaf.is_floating_point() else leaf
@@ -209,12 +210,9 @@ class Engine(nn.Module):
 
     def _float_source(self) -> nn.Module:
         if not self._traced:
-            plain = all(p.dtype == torch.float32 for p in self._parameters_of_source)
+            plain = all(p.dtype == torch.float32 for p in self.source.parameters())
             self._traced.append(self.source if plain else copy.deepcopy(self.source).float())
         return self._traced[0]
-
-    def _source_version(self) -> int:
-        return sum(p._version for p in self._parameters_of_source if not p.is_inference())
 
 
 def _own_dtypes() -> Any:

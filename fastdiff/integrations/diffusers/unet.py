@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import UNet, UNetConfig
-from ..schedule import NoiseSchedule
+from ...models import UNet, UNetConfig
+from ...schedule import NoiseSchedule
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 # (flip_sin_to_cos, freq_shift) by the name of our embedding

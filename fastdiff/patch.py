@@ -1,0 +1,140 @@
+"""patch: what a user already has, made faster in place; unpatch: as it was.
+
+An object changes its class to a subclass that does the same faster; whoever holds the object holds
+the faster one, and all that it has (configuration, weights, hooks) stays.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .engine.optimize import DTYPES, MEMORY
+from .errors import one_of
+from .inplace import OPTIONS, Fast, fast_class
+
+# releases of diffusers that the tests have run with
+DIFFUSERS = ("0.42",)
+
+
+def patch(
+    *objects: Any, dtype: str | None = None, memory: str = "high", bug_compatible: bool = False
+) -> Any:
+    """Make pipelines, schedulers and U-Nets faster, in place, with the same results.
+
+        >>> fastdiff.patch(pipe)  # doctest: +SKIP
+        >>> pipe("a photo of a cat")  # doctest: +SKIP
+
+    A pipeline of diffusers gets our scheduler for its DDIM, DDPM or DPM-Solver++ one (another is
+    kept, with a warning) and its U-Net runs in `fastdiff.optimize`'s engine wherever no gradient
+    is recorded. Weights that change, adapters and attention processors are noticed at the next
+    call. What is patched is saved, copied and pickled as what it was.
+
+    Args:
+        objects: pipelines, schedulers or nn.Modules.
+        dtype, memory: of the engine, as for `optimize`.
+        bug_compatible: reproduce what diffusers' schedulers get wrong
+            (`fastdiff.integrations.diffusers.DDIMScheduler`'s documentation lists it).
+
+    Returns:
+        The object, or a tuple of several.
+
+    Raises:
+        TypeError: an object is none of these, or a scheduler is one we do not have.
+        ValueError: a scheduler's configuration has an option that we do not support; names it.
+            Nothing is changed then.
+    """
+    if dtype is not None:
+        one_of("dtype", dtype, DTYPES)
+    one_of("memory", memory, MEMORY)
+    found = [part for i, thing in enumerate(objects) for part in _parts(f"objects[{i}]", thing)]
+    classes = [_faster(part) for part in found]
+    for part, cls in zip(found, classes, strict=True):
+        part.__dict__[OPTIONS] = {"dtype": dtype, "memory": memory}
+        part.__class__ = cls
+        if not isinstance(part, nn.Module):
+            part.bug_compatible = bug_compatible
+            part._forget()
+    return objects[0] if len(objects) == 1 else objects
+
+
+def unpatch(*objects: Any) -> Any:
+    """Put back what `patch` changed, in place; an object that is not patched stays as it is."""
+    for i, thing in enumerate(objects):
+        for part in _parts(f"objects[{i}]", thing):
+            if part.__dict__.pop(OPTIONS, None) is not None:
+                part.__class__ = type(part).__bases__[-1]  # what the faster class is made of
+    return objects[0] if len(objects) == 1 else objects
+
+
+def _parts(name: str, thing: Any) -> Iterator[Any]:
+    """The schedulers and networks of an object."""
+    diffusers = sys.modules.get("diffusers")
+    if diffusers is not None and isinstance(thing, diffusers.DiffusionPipeline):
+        yield from _of_pipeline(thing)
+    elif isinstance(thing, nn.Module) or hasattr(thing, "set_timesteps"):
+        yield thing
+    else:
+        raise TypeError(
+            f"{name}: is a {type(thing).__name__}, must be a diffusers pipeline or scheduler, or "
+            "an nn.Module"
+        )
+
+
+def _of_pipeline(pipe: Any) -> Iterator[Any]:
+    _warn_of_version()
+    for name in ("unet", "scheduler"):
+        part = getattr(pipe, name, None)
+        if part is None:
+            continue
+        if name == "scheduler" and not _known(part):
+            warnings.warn(
+                f"scheduler: fastdiff has none for {type(part).__name__}, which stays; it has "
+                f"{', '.join(cls.__name__ for cls in _schedulers())}",
+                stacklevel=4,
+            )
+            continue
+        yield part
+
+
+def _schedulers() -> dict[type, type]:
+    """Ours, by diffusers' class."""
+    if "diffusers" not in sys.modules:
+        return {}
+    from .integrations.diffusers import schedulers
+
+    ours = [getattr(schedulers, name) for name in schedulers.__all__]
+    return {cls.__bases__[-1]: cls for cls in ours}
+
+
+def _known(scheduler: Any) -> bool:
+    ours = _schedulers()
+    return type(scheduler) in (*ours, *ours.values())
+
+
+def _faster(part: Any) -> type:
+    """The class that a part is to have; raises where there is none."""
+    cls: Any = type(part)
+    if isinstance(part, nn.Module):
+        return cls if issubclass(cls, Fast) else fast_class(cls)
+    if not _known(part):
+        takes = ", ".join(cls.__name__ for cls in _schedulers())
+        raise TypeError(f"scheduler: is a {cls.__name__}, must be exactly one of {takes}")
+    faster: Any = _schedulers().get(cls, cls)
+    faster.check(part.config)
+    return faster
+
+
+def _warn_of_version() -> None:
+    import diffusers
+
+    if not diffusers.__version__.startswith(DIFFUSERS):
+        warnings.warn(
+            f"diffusers {diffusers.__version__}: fastdiff is tested with {', '.join(DIFFUSERS)}; "
+            "compare an image with an unpatched pipeline's",
+            stacklevel=5,
+        )
