@@ -67,6 +67,8 @@ def unpatch(*objects: Any) -> Any:
     for i, thing in enumerate(objects):
         for part in _parts(f"objects[{i}]", thing):
             if part.__dict__.pop(OPTIONS, None) is not None:
+                for name in getattr(part, "OWN", ()):
+                    part.__dict__.pop(name, None)
                 part.__class__ = type(part).__bases__[-1]  # what the faster class is made of
     return objects[0] if len(objects) == 1 else objects
 

@@ -46,6 +46,8 @@ class RowScheduler:
     num_inference_steps: int
     _threshold_sample: Callable[[Tensor], Tensor]
 
+    # attributes that diffusers' schedulers do not have
+    OWN = ("bug_compatible", "_made", "_latest", "_levels", "_register")
     # what the configuration may say; anything else raises
     SUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {"prediction_type": tuple(PREDICTIONS)}
 
