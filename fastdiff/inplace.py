@@ -1,19 +1,61 @@
-"""A network made faster in place: the class that `patch` gives it."""
+"""Networks and their parts made faster in place: the classes that `patch` gives them."""
 
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .engine.optimize import optimize
+from .models.conv import fused, plain
 
-OPTIONS = "_fastdiff"  # of patch, in the network's __dict__; with the engine once it is made
+OPTIONS = "_fastdiff"  # of patch, in a patched object's __dict__; a network's engine is there too
 
 
 class Fast:
-    """Marks the classes that `fast_class` makes."""
+    """Marks the classes that patched networks and parts have; the last base is what they were."""
+
+
+class FusedConv2d(Fast, nn.Conv2d):
+    """A 3x3 convolution of stride 1 and padding 1 that trains by Winograd's minimal filtering."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (plain if torch.compiler.is_compiling() else fused)(self, x)
+
+
+def faster_parts(network: nn.Module) -> Iterator[tuple[Any, type]]:
+    """The parts of a network that train faster as another class, and that class."""
+    classes: dict[type, type] = {}
+    if "diffusers" in sys.modules:
+        from .integrations.diffusers.blocks import FastAttnProcessor, FastResnetBlock2D
+
+        classes = {cls.__bases__[-1]: cls for cls in (FastAttnProcessor, FastResnetBlock2D)}
+    for part in _parts(network):
+        if type(part) is nn.Conv2d and _is_fusable(part):
+            yield part, FusedConv2d
+        elif type(part) in classes:
+            yield part, classes[type(part)]
+
+
+def fast_parts(network: nn.Module) -> list[Any]:
+    """A patched network and those parts of it."""
+    return [part for part in _parts(network) if isinstance(part, Fast)]
+
+
+def _parts(network: nn.Module) -> list[Any]:
+    """Its modules, and what diffusers' attention modules share: their processors."""
+    modules = list(network.modules())
+    processors = {id(p): p for m in modules if (p := getattr(m, "processor", None)) is not None}
+    return [*modules, *processors.values()]
+
+
+def _is_fusable(conv: nn.Conv2d) -> bool:
+    how = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups
+    return how == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and conv.padding_mode == "zeros"
 
 
 @functools.cache
@@ -27,8 +69,7 @@ def fast_class(base: Any) -> Any:
         return _engine(self, base)(*args, **kwargs)
 
     def reduce(self: Any, protocol: int) -> Any:
-        state = {**self.__dict__, OPTIONS: _options(self)}
-        return _blank, (base,), state
+        return _blank, (base,), {**self.__dict__, OPTIONS: _options(self)}
 
     members = {
         "__module__": base.__module__,

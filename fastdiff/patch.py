@@ -15,7 +15,7 @@ from torch import nn
 
 from .engine.optimize import DTYPES, MEMORY
 from .errors import one_of
-from .inplace import OPTIONS, Fast, fast_class
+from .inplace import OPTIONS, Fast, fast_class, fast_parts, faster_parts
 
 # releases of diffusers that the tests have run with
 DIFFUSERS = ("0.42",)
@@ -56,7 +56,10 @@ def patch(
     for part, cls in zip(found, classes, strict=True):
         part.__dict__[OPTIONS] = {"dtype": dtype, "memory": memory}
         part.__class__ = cls
-        if not isinstance(part, nn.Module):
+        if isinstance(part, nn.Module):
+            for inner, faster in faster_parts(part):
+                inner.__class__ = faster
+        else:
             part.bug_compatible = bug_compatible
             part._forget()
     return objects[0] if len(objects) == 1 else objects
@@ -66,10 +69,12 @@ def unpatch(*objects: Any) -> Any:
     """Put back what `patch` changed, in place; an object that is not patched stays as it is."""
     for i, thing in enumerate(objects):
         for part in _parts(f"objects[{i}]", thing):
-            if part.__dict__.pop(OPTIONS, None) is not None:
-                for name in getattr(part, "OWN", ()):
-                    part.__dict__.pop(name, None)
-                part.__class__ = type(part).__bases__[-1]  # what the faster class is made of
+            if part.__dict__.pop(OPTIONS, None) is None:
+                continue
+            for name in getattr(part, "OWN", ()):
+                part.__dict__.pop(name, None)
+            for inner in fast_parts(part) if isinstance(part, nn.Module) else [part]:
+                inner.__class__ = type(inner).__bases__[-1]
     return objects[0] if len(objects) == 1 else objects
 
 

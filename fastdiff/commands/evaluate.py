@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import load
 from ..data import ImageSet, fashion_mnist, npz_images
 from ..draw import draw_batches
 from ..evaluate.classifier import SHIPPED, framed, load_classifier
@@ -131,7 +130,7 @@ class _Source:
 
 def _model(args: argparse.Namespace) -> _Source:
     """A set of samples for each weight of guidance, of the same streams."""
-    model = load(args.model).to(args.device)
+    model = sampling.model_of(args)
     assert model.schedule is not None and model.prediction is not None  # load sees to it
     schedule, prediction = model.schedule, model.prediction
     config, classes = model.config, model.config.num_classes

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from .. import images
-from ..checkpoint import load
 from ..data.npz import npz_writer
 from ..draw import draw_batches
 from ..models import UNet
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("num", "batch", "scale"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name}={value}: must be at least 1")
-    model = load(args.model).to(args.device)
+    model = sampling.model_of(args)
     labels = _labels(args, model)
     sampler = sampling.sampler_of(args, model)
     network, guidance = sampling.network_at(args, model, args.guidance)
@@ -74,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         _draw(args, torch.cat(list(batches)), labels, frames)
     seconds = time.perf_counter() - start
     print(
-        f"{len(labels)} images in {seconds:.1f} s ({len(labels) / seconds:.1f} images/s, "
-        f"{len(sampler.table)} steps, {torch.get_num_threads()} threads): {args.out}"
+        f"{len(labels)} images of {args.model} in {seconds:.1f} s ({len(labels) / seconds:.1f} "
+        f"images/s, {len(sampler.table)} steps, {torch.get_num_threads()} threads): {args.out}"
     )
     return 0
 

@@ -8,9 +8,11 @@ from functools import lru_cache
 import torch
 
 from .. import samplers
+from ..checkpoint import ASSETS, load
 from ..engine import optimize
 from ..models import UNet
 
+SHIPPED = "fashion-mnist"
 SAMPLERS = {
     "ddim": samplers.DDIMSampler,
     "ddpm": samplers.DDPMSampler,
@@ -21,7 +23,8 @@ SAMPLERS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="fashion-mnist", help="a shipped name, a folder or a .safetensors file")
+    add("--model", help="a shipped name, a folder or a .safetensors file (default: fashion-mnist, "
+        "or where nothing but --steps says how to sample, its student of so many)")  # fmt: skip
     add("--sampler", default="ddim", choices=SAMPLERS)
     add("--steps", type=int, help="steps of the sampler (default 50, ddpm all, a student its own)")
     add("--spacing", help="of the timesteps: trailing (default), leading, ddim50, ...")
@@ -31,6 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", default="float32", choices=("float32", "bfloat16", "off"),
         help="on the CPU: the dtype of the optimized network; off is plain torch")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def model_of(args: argparse.Namespace) -> UNet:
+    """The model that the arguments ask for, and its name in args.model."""
+    if args.model is None:
+        student = f"{SHIPPED}-{args.steps}"
+        asked = args.guidance, args.eta, args.spacing
+        free = asked == (None, None, None) and args.sampler == "ddim"
+        args.model = student if free and (ASSETS / student).is_dir() else SHIPPED
+    return load(args.model).to(args.device)
 
 
 def sampler_of(args: argparse.Namespace, model: UNet) -> samplers.Sampler:

@@ -110,11 +110,40 @@ def conv3x3_train(
     return _Conv3x3.apply(x, weight, bias, residual)
 
 
+def fused(
+    conv: nn.Conv2d, x: Tensor, each: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """A 3x3 convolution of stride 1 and padding 1, by `conv3x3_train` if that is faster.
+
+    To the convolution of x [N, C, H, W] are added `each` [N, K] and `residual` [N, K, H, W].
+    """
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+    if faster(x, conv.weight, dtype):
+        bias = conv.bias
+        if each is not None:
+            bias = each.float() if bias is None else bias + each
+        residual = None if residual is None else residual.to(dtype)
+        return conv3x3_train(x.to(dtype), conv.weight, bias, residual=residual)
+    return plain(conv, x, each, residual)
+
+
+def plain(
+    conv: nn.Conv2d, x: Tensor, each: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """What `fused` computes, in plain torch."""
+    out = nn.Conv2d.forward(conv, x)
+    if each is not None:
+        out = out + each[:, :, None, None]
+    return out if residual is None else residual + out
+
+
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1 and padding 1 that can add to its result as it is stored.
 
-    In plain torch, or, where `fused` is set, by `conv3x3_train` if that is faster. The two
-    are equal to rounding and have the same gradients.
+    In plain torch or, where `fused` is set, fused. The two are equal to rounding and have the same
+    gradients.
     """
 
     fused = False
@@ -126,17 +155,4 @@ class Conv3x3(nn.Conv2d):
         self, x: Tensor, each: Tensor | None = None, *, residual: Tensor | None = None
     ) -> Tensor:
         """The convolution of x [N, C, H, W], plus `each` [N, K] and `residual` [N, K, H, W]."""
-        if self.fused:
-            device = x.device.type
-            cast = torch.is_autocast_enabled(device)
-            dtype = torch.get_autocast_dtype(device) if cast else x.dtype
-            if faster(x, self.weight, dtype):
-                bias = self.bias
-                if each is not None:
-                    bias = each.float() if bias is None else bias + each
-                residual = None if residual is None else residual.to(dtype)
-                return conv3x3_train(x.to(dtype), self.weight, bias, residual=residual)
-        out = super().forward(x)
-        if each is not None:
-            out = out + each[:, :, None, None]
-        return out if residual is None else residual + out
+        return (fused if self.fused else plain)(self, x, each, residual)
