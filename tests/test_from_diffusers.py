@@ -7,7 +7,7 @@ import torch
 
 from fastdiff import DDIMSampler, NoiseSchedule, TrainConfig, distill
 from fastdiff.data import ImageSet
-from fastdiff.integrations.diffusers import from_diffusers
+from fastdiff.integrations.diffusers import from_diffusers, to_diffusers
 from fastdiff.models import UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -158,3 +158,53 @@ def test_a_diffusers_unet_is_distilled(tmp_path):
             for network in (from_diffusers(theirs), student)
         )
     assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_there_and_back(name, tmp_path):
+    theirs = peer(**PEERS[name])
+    back = to_diffusers(from_diffusers(theirs))
+    wanted, got = theirs.state_dict(), back.state_dict()
+    assert got.keys() == wanted.keys()
+    assert all(got[key].equal(value) for key, value in wanted.items())
+    back.save_pretrained(tmp_path)
+    again = from_diffusers(diffusers.UNet2DModel.from_pretrained(tmp_path))
+    assert again.config == from_diffusers(theirs).config
+
+
+@pytest.mark.parametrize("order", ["legacy", "new"])
+def test_a_network_of_ours_in_either_order_of_attention(order):
+    torch.manual_seed(0)
+    config = UNetConfig(
+        image_size=16,
+        channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(8,),
+        head_channels=16,
+        attention_order=order,
+        norm_groups=8,
+        num_classes=10,
+    )
+    model = UNet(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape) / 8)
+        x, t, cond = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.tensor([0, 9])
+        got = to_diffusers(model)(x, t, cond).sample
+        torch.testing.assert_close(got, model(x, t, cond), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"patch_size": 2}, "patch_size=2"),
+        ({"heads": 2}, "heads=2: must be 1"),
+        ({"norm_groups": 24}, r"norm_groups=24: must divide all widths, not so \[32, 64\]"),
+        ({"rescale_residual": True}, "rescale_residual=True"),
+    ],
+)
+def test_what_diffusers_has_not_is_named(change, said):
+    config = UNetConfig(**{"channels": 32, "channel_mult": (1, 2), "norm_groups": 8, **change})
+    with pytest.raises(ValueError, match=said):
+        to_diffusers(UNet(config))

@@ -17,7 +17,6 @@ _POSITIVE = (
     "image_size",
     "in_channels",
     "channels",
-    "channel_mult",
     "num_res_blocks",
     "attention_resolutions",
     "heads",
@@ -72,7 +71,7 @@ class UNetConfig(Record):
     in_channels: int = 3
     patch_size: int = 1
     channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult: tuple[float, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
     heads: int = 1
@@ -146,6 +145,10 @@ class UNetConfig(Record):
         """Side of the square feature maps of a level."""
         return self.image_size // self.patch_size >> level
 
+    def width_at(self, level: int) -> int:
+        """Channels of a level."""
+        return int(self.channel_mult[level] * self.channels)
+
     def heads_at(self, channels: int) -> int:
         """Attention heads of a block that is `channels` wide."""
         return channels // self.head_channels if self.head_channels else self.heads
@@ -161,6 +164,11 @@ class UNetConfig(Record):
             one_of(name, getattr(self, name), choices)
         if not self.channel_mult:
             raise ValueError("channel_mult=(): must have a factor for each level, one at least")
+        if any(mult <= 0 or mult * self.channels % 1 for mult in self.channel_mult):
+            raise ValueError(
+                f"channel_mult={self.channel_mult}: must be above 0 and, times channels="
+                f"{self.channels}, a whole number of channels"
+            )
         if self.predict_both and self.learned_variance:
             raise ValueError("predict_both, learned_variance: are both set; choose one")
         if not 0.0 <= self.dropout < 1.0:
@@ -186,8 +194,8 @@ class UNetConfig(Record):
                 f"levels' sides {sides}"
             )
         split = self.head_channels or self.heads
-        for side, mult in zip(sides, self.channel_mult, strict=True):
-            width = mult * self.channels
+        for level, side in enumerate(sides):
+            width = self.width_at(level)
             if (side in self.attention_resolutions or side == sides[-1]) and width % split:
                 name = "head_channels" if self.head_channels else "heads"
                 raise ValueError(f"{name}={split}: must divide the {width} channels at {side}px")

@@ -31,6 +31,46 @@ if TYPE_CHECKING:
     from .distilled import Distilled
 
 
+def level_stage(channels: int, level: int, config: UNetConfig) -> Stage:
+    """A residual block into the level, and attention where it attends."""
+    width = config.width_at(level)
+    stage = Stage(ResBlock(channels, width, config))
+    if config.side_at(level) in config.attention_resolutions:
+        stage.append(AttentionBlock(width, config))
+    return stage
+
+
+def down_path(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
+    """The first convolution and the levels on the way down; the channels of each one's output."""
+    channels = config.width_at(0)
+    stem = nn.Conv2d(config.in_channels * config.patch_size**2, channels, 3, padding=1)
+    blocks, skips = nn.ModuleList([Stage(stem)]), [channels]
+    for level in range(len(config.channel_mult)):
+        for _ in range(config.num_res_blocks):
+            blocks.append(level_stage(channels, level, config))
+            channels = config.width_at(level)
+            skips.append(channels)
+        if level < len(config.channel_mult) - 1:
+            blocks.append(
+                Stage(
+                    ResBlock(channels, channels, config, "down")
+                    if config.resblock_updown
+                    else Downsample(channels, config)
+                )
+            )
+            skips.append(channels)
+    return blocks, skips
+
+
+def middle(channels: int, config: UNetConfig) -> Stage:
+    """The deepest level's block, attention and block."""
+    return Stage(
+        ResBlock(channels, channels, config),
+        AttentionBlock(channels, config),
+        ResBlock(channels, channels, config),
+    )
+
+
 class UNet(nn.Module):
     """The U-Net of "Diffusion Models Beat GANs" (Dhariwal & Nichol 2021), and of DDPM.
 
@@ -60,8 +100,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        width, depth = config.channels, len(config.channel_mult)
-        emb = config.embedding_channels
+        width, emb = config.channels, config.embedding_channels
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, emb)
@@ -69,36 +108,15 @@ class UNet(nn.Module):
             last = zeroed(nn.Linear(emb, emb))  # so that a student starts as its teacher
             self.guidance_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), last)
 
-        channels = first = width * config.channel_mult[0]
-        area = config.patch_size**2
-        stem = nn.Conv2d(config.in_channels * area, first, 3, padding=1)
-        self.input_blocks = nn.ModuleList([Stage(stem)])
-        skips = [channels]
-        for level, mult in enumerate(config.channel_mult):
-            for _ in range(config.num_res_blocks):
-                self.input_blocks.append(self._stage(channels, mult * width, level))
-                channels = mult * width
-                skips.append(channels)
-            if level < depth - 1:
-                down = (
-                    ResBlock(channels, channels, config, "down")
-                    if config.resblock_updown
-                    else Downsample(channels, config)
-                )
-                self.input_blocks.append(Stage(down))
-                skips.append(channels)
-
-        self.middle_block = Stage(
-            ResBlock(channels, channels, config),
-            AttentionBlock(channels, config),
-            ResBlock(channels, channels, config),
-        )
+        self.input_blocks, skips = down_path(config)
+        channels, first = skips[-1], skips[0]
+        self.middle_block = middle(channels, config)
 
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(config.channel_mult))):
+        for level in reversed(range(len(config.channel_mult))):
             for _ in range(config.num_res_blocks + 1):
-                stage = self._stage(channels + skips.pop(), mult * width, level)
-                channels = mult * width
+                stage = level_stage(channels + skips.pop(), level, config)
+                channels = config.width_at(level)
                 self.output_blocks.append(stage)
             if level:
                 stage.append(
@@ -107,7 +125,7 @@ class UNet(nn.Module):
                     else Upsample(channels)
                 )
 
-        outputs = config.out_channels * area * (2 if config.predict_both else 1)
+        outputs = config.out_channels * config.patch_size**2 * (2 if config.predict_both else 1)
         self.out = nn.Sequential(
             group_norm(channels, config),
             nn.SiLU(),
@@ -149,12 +167,6 @@ class UNet(nn.Module):
             if isinstance(module, Block):
                 module.compile_whole(**options)
         return self
-
-    def _stage(self, channels: int, out_channels: int, level: int) -> Stage:
-        stage = Stage(ResBlock(channels, out_channels, self.config))
-        if self.config.side_at(level) in self.config.attention_resolutions:
-            stage.append(AttentionBlock(out_channels, self.config))
-        return stage
 
     def embed(self, t: Tensor, cond: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """The embedding of time, class and weight, [B, 4 channels], in the parameters' dtype.

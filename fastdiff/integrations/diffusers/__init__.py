@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .unet import from_diffusers
+from .unet import from_diffusers, to_diffusers
 
 SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler")
 
-__all__ = ["from_diffusers", *SCHEDULERS]
+__all__ = ["from_diffusers", "to_diffusers", *SCHEDULERS]
 
 
 def __getattr__(name: str) -> Any:

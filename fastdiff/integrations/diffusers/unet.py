@@ -81,6 +81,78 @@ def from_diffusers(unet: Any, scheduler: Any = None) -> UNet:
     return model.eval()
 
 
+def to_diffusers(model: UNet) -> Any:
+    """A `diffusers.UNet2DModel` with the weights and outputs of a UNet, in eval mode.
+
+    Its save_pretrained(folder) writes what `from_diffusers(UNet2DModel.from_pretrained(folder))`
+    reads. "No class" (label -1) has no counterpart.
+
+    Raises:
+        ValueError: a part of the network is none that diffusers' has; says which.
+    """
+    from diffusers import UNet2DModel
+
+    config, default = model.config, UNetConfig()
+    for name in ("patch_size", "guidance_max", "predict_both", "rescale_residual"):
+        if getattr(config, name) != getattr(default, name):
+            raise ValueError(
+                f"model: {name}={getattr(config, name)!r}; diffusers' network has no such part"
+            )
+    levels = range(len(config.channel_mult))
+    widths = [config.width_at(level) for level in levels]
+    if config.head_channels is None and config.heads != 1:
+        raise ValueError(
+            f"model: heads={config.heads}: must be 1, or head_channels given; diffusers counts "
+            "channels a head"
+        )
+    if odd := [width for width in widths if width % config.norm_groups]:
+        raise ValueError(
+            f"model: norm_groups={config.norm_groups}: must divide all widths, not so {odd}"
+        )
+    flip, shift = next(k for k, v in EMBEDDINGS.items() if v == config.time_embedding)
+    kinds = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+    if not config.resblock_updown:
+        kinds = ("DownBlock2D", "UpBlock2D")
+    attends = [config.side_at(level) in config.attention_resolutions for level in levels]
+    downs, ups = (
+        [f"Attn{way}Block2D" if attend else kind for attend in attends]
+        for way, kind in zip(("Down", "Up"), kinds, strict=True)
+    )
+    resampling = "resnet" if config.resblock_updown else "conv"
+    unet: Any = UNet2DModel(
+        sample_size=config.image_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        block_out_channels=tuple(widths),
+        layers_per_block=config.num_res_blocks,
+        down_block_types=tuple(downs),
+        up_block_types=tuple(reversed(ups)),
+        downsample_type=resampling,
+        upsample_type=resampling,
+        downsample_padding=1 if config.downsample_padding == "both" else 0,
+        attention_head_dim=config.head_channels,
+        attn_norm_num_groups=config.norm_groups if config.scale_shift else None,
+        norm_num_groups=config.norm_groups,
+        norm_eps=config.norm_eps,
+        dropout=config.dropout,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
+        num_class_embeds=config.num_classes,
+        flip_sin_to_cos=flip,
+        freq_shift=shift,
+    )
+    state = model.state_dict()
+    given = unet.state_dict()
+    for ours, name in names(model, unet).items():
+        if match := re.fullmatch(r"(.*\.)to_q\.(weight|bias)", name):
+            for letter, part in zip("qkv", _split(state[ours], config), strict=True):
+                own = f"{match[1]}to_{letter}.{match[2]}"
+                given[own] = part.reshape(given[own].shape)
+        else:
+            given[name] = state[ours].reshape(given[name].shape)
+    unet.load_state_dict(given)
+    return unet.to(state[ours].device).eval()
+
+
 def names(model: UNet, unet: Any) -> dict[str, str]:
     """diffusers' name of each of our tensors; a "qkv" of ours has three, of which it is to_q."""
     modules = _modules(unet)
@@ -142,6 +214,13 @@ def _value(name: str, given: dict[str, Tensor], like: Tensor, config: UNetConfig
         split = torch.stack([part.unflatten(0, (heads, -1)) for part in parts], 1)
         return split.reshape(like.shape)
     return given[name].reshape(like.shape)
+
+
+def _split(qkv: Tensor, config: UNetConfig) -> tuple[Tensor, ...]:
+    """q, k and v rows of our qkv [3 C, ...], each head after head."""
+    heads = config.heads_at(len(qkv) // 3)
+    order, dim = ((heads, 3, -1), 1) if config.attention_order == "legacy" else ((3, heads, -1), 0)
+    return tuple(part.flatten(0, 1) for part in qkv.unflatten(0, order).unbind(dim))
 
 
 def _config(unet: Any) -> UNetConfig:
