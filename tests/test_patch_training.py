@@ -123,4 +123,6 @@ def test_a_network_of_another_library_trains_by_its_convolutions():
     fastdiff.patch(network)
     assert type(network[0]) is FusedConv2d
     torch.testing.assert_close(network(x).square().mean(), expected)
+    with torch.no_grad():  # not told the time, so no U-Net, and no engine
+        torch.testing.assert_close(network.eval()(x).square().mean(), expected)
     assert type(fastdiff.unpatch(network)[0]) is nn.Conv2d
