@@ -37,6 +37,7 @@ class Sampler:
         self.table = table
         self._guided: list[bool] = (table.w != 0).tolist()
         self._noisy, self._history = table.noisy, table.history
+        self._learned_variance = table.learned_variance
         self._registers: dict[torch.device, Tensor] = {}
         self._tables: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
@@ -152,7 +153,7 @@ class Sampler:
         if noise is not None:
             errors.like("noise", noise, "x", x)
             errors.has_dtype("noise", noise, (torch.float32,))
-        m, m_u, v = split(model_output, x, self._guided[i], self.table.learned_variance)
+        m, m_u, v = split(model_output, x, self._guided[i], self._learned_variance)
         streams = None
         if self._noisy and noise is None:
             streams = _streams(seed, len(x), first_index, device=x.device)

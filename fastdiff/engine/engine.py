@@ -133,6 +133,10 @@ class Engine(nn.Module):
             )
         return self
 
+    def __reduce__(self) -> Any:
+        """Copied and pickled with its network, and without what it packed and measured."""
+        return Engine, (self.source, self.compute, self.memory)
+
     def extra_repr(self) -> str:
         lines = [f"{type(self.source).__name__}, {_name(self.compute)}, memory={self.memory!r}"]
         for program in self._programs.values():

@@ -43,14 +43,15 @@ class _Conv3x3(torch.autograd.Function):
     """Keeps x and the weight: packing it again costs less than keeping it packed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        packed = ops.pack_conv3x3(weight, _tile(x), x.dtype)
+        return ops.conv3x3(x, packed, bias, residual=residual)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, _ = inputs
         ctx.save_for_backward(x, weight)
         ctx.bias_dims = None if bias is None else bias.dim()
-        tile = _tile(x)
-        packed = ops.pack_conv3x3(weight, tile, x.dtype)
-        return ops.conv3x3(x, packed, bias, residual=residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

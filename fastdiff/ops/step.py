@@ -332,7 +332,7 @@ def _check(x: Tensor, m: Tensor, table: Tensor, row: Tensor, *optional: Tensor |
     errors.has_dtype("row", row, (torch.int64,))
     if row.numel() != 1:
         raise ValueError(f"row: has {row.numel()} elements, must have one")
-    if row.device.type == "cpu" and not 0 <= int(row) < len(table):
+    if not _is_compiling() and row.device.type == "cpu" and not 0 <= int(row) < len(table):
         raise ValueError(f"row={int(row)}: must be in [0, {len(table)}), the table's rows")
     *like_m_or_x, streams = optional
     for name, operand in zip(("m_u", "v", "g", "h", "z"), like_m_or_x, strict=True):

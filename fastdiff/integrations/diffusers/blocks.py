@@ -60,12 +60,13 @@ class FastAttnProcessor(Fast, AttnProcessor2_0):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         given = hidden_states, encoder_hidden_states, attention_mask
         if torch.compiler.is_compiling() or attention_mask is not None or not _plain(attn):
-            return super().__call__(attn, *given, *args, **kwargs)
+            return super().__call__(attn, *given, temb, *args, **kwargs)
         x = hidden_states
         size = x.shape[2:] if x.dim() == 4 else None
         h = x if size is not None else x.transpose(1, 2)
