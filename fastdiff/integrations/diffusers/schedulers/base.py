@@ -47,7 +47,7 @@ class RowScheduler:
     _threshold_sample: Callable[[Tensor], Tensor]
 
     # attributes that diffusers' schedulers do not have
-    OWN = ("bug_compatible", "_made", "_latest", "_levels", "_register")
+    OWN = ("bug_compatible", "_made", "_thresholds", "_latest", "_levels", "_register")
     # what the configuration may say; anything else raises
     SUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {"prediction_type": tuple(PREDICTIONS)}
 
@@ -78,6 +78,7 @@ class RowScheduler:
 
     def _forget(self) -> None:
         self._made: dict[Any, Any] = {}
+        self._thresholds: bool = self.config.thresholding
         self._latest: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,31 +141,36 @@ class RowScheduler:
         z = randn_tensor(m.shape, generator, m.device, dtype or m.dtype)
         return z.float()
 
+    def _table(self, *how: Any, preview: bool) -> Tensor:
+        """The rows, or with `preview` those that return x0, of the timesteps' table."""
+        raise NotImplementedError
+
     def _advance(
         self,
         x: Tensor,
         m: Tensor,
         row: Tensor,
-        key: Any,
-        make: Callable[[bool], Tensor],
-        **given: Any,
+        how: tuple[Any, ...] = (),
+        v: Tensor | None = None,
+        z: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(x', x0) of a row; make(preview) is the table of the rows or of their predictions.
+        """(x', x0) of a row of `_table(*how)`.
 
         x0 leaves by the register, in the same pass. With dynamic thresholding (Saharia et al.
         2022) it is predicted and thresholded first, and enters by it.
         """
-        device = x.device
-        table = self._made.get((key, device))
+        table = self._on(x.device, how, False)
+        if not self._thresholds:
+            return run(x, m, table, row, h=x, v=v, z=z)
+        x0 = self._threshold_sample(run(x, m, self._on(x.device, how, True), row))
+        return run(x, m, table, row, h=x0, v=v, z=z)[0], x0
+
+    def _on(self, device: torch.device, how: tuple[Any, ...], preview: bool) -> Tensor:
+        key = device, how, preview, self.bug_compatible
+        table = self._made.get(key)
         if table is None:
-            table = self._made[key, device] = make(False).to(device)
-        if not self.config.thresholding:
-            return run(x, m, table, row, h=x, **given)
-        preview = self._made.get(("x0", device))
-        if preview is None:
-            preview = self._made["x0", device] = make(True).to(device)
-        x0 = self._threshold_sample(run(x, m, preview, row))
-        return run(x, m, table, row, h=x0, **given)[0], x0
+            table = self._made[key] = self._table(*how, preview=preview).to(device)
+        return table
 
     def _with_register(self, table: Table, preview: bool) -> Table:
         """The table as `_advance` runs it; its rows have no use of their own for the register."""
@@ -175,13 +181,17 @@ class RowScheduler:
         return replace(table, e=1.0)
 
     def _result(
-        self, kind: type[Any], x: Tensor, x0: Tensor, dtype: torch.dtype, return_dict: bool
+        self, kind: Any, x: Tensor, x0: Tensor, dtype: torch.dtype, return_dict: bool
     ) -> Any:
         """What a step returns: diffusers' output, or a tuple."""
-        prev, x0 = self._rounded(x, dtype), x0.to(dtype)
+        if dtype is not torch.float32:
+            x, x0 = self._rounded(x, dtype), x0.to(dtype)
         if not return_dict:
-            return prev, x0
-        return kind(prev_sample=prev, pred_original_sample=x0)
+            return x, x0
+        # as its constructor would, which looks its fields up for as long as a step takes
+        out = kind.__new__(kind)
+        out["prev_sample"], out["pred_original_sample"] = x, x0
+        return out
 
     def _rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The next sample in the caller's dtype; what it was in float32 is remembered."""

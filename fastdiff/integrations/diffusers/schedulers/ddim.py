@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import diffusers
@@ -47,12 +46,11 @@ class DDIMScheduler(RowScheduler, diffusers.DDIMScheduler):
                 raise ValueError("variance_noise: was given with generator; give one of them")
             z = variance_noise
             z = self._drawn(model_output, generator) if z is None else z.float()
-        how = eta, use_clipped_model_output
         row, x = self._row(timestep, sample.device), self._state(sample)
-        x, x0 = self._advance(x, model_output, row, how, partial(self._table, *how), z=z)
+        x, x0 = self._advance(x, model_output, row, (eta, use_clipped_model_output), z=z)
         return self._result(DDIMSchedulerOutput, x, x0, sample.dtype, return_dict)
 
-    def _table(self, eta: float, use_clipped: bool, preview: bool) -> Tensor:
+    def _table(self, eta: float, use_clipped: bool, *, preview: bool) -> Tensor:  # type: ignore[override]
         config = self.config
 
         def build(

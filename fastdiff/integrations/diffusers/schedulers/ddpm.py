@@ -67,10 +67,10 @@ class DDPMScheduler(RowScheduler, diffusers.DDPMScheduler):
         # a GPU's timestep is not read back: the noise of the last row is then drawn, times 0
         if device.type != "cpu" or int(row) > 0:
             z = self._drawn(m, generator)
-        x, x0 = self._advance(x, m, row, "row", self._table, v=v, z=z)
+        x, x0 = self._advance(x, m, row, v=v, z=z)
         return self._result(DDPMSchedulerOutput, x, x0, sample.dtype, return_dict)
 
-    def _table(self, preview: bool) -> Tensor:
+    def _table(self, *, preview: bool) -> Tensor:  # type: ignore[override]
         config = self.config
 
         def build(
