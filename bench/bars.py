@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from . import accuracy, calls, end_to_end, kernels, networks, peers, runtimes, training
+from . import accuracy, calls, drop_in, end_to_end, kernels, networks, peers, runtimes, training
 from .records import COPY, FASTDIFF, OWN, PLAIN, UNGUIDED, YARDSTICKS, Record
 
 Found = Mapping[tuple[str, str], Record]
@@ -87,6 +87,9 @@ BARS = (
     Bar(training.SECTION, training.ROWS[0].title, 1.5, training.DIFFUSERS, 1.8),
     Bar(training.SECTION, training.ROWS[0].title, 2.5, training.DEFAULT, 3),
     Bar(training.SECTION, f"{training.ROWS[0].title}: memory", 1, training.DIFFUSERS),
+    *(Bar(drop_in.SECTION, row.title, 2.5, peers.EAGER) for row in drop_in.PIPELINES),
+    *(Bar(drop_in.SECTION, f"{s.__name__}.step", 5, peers.EAGER) for s in drop_in.SCHEDULERS),
+    Bar(drop_in.SECTION, "DDIMScheduler.add_noise", 5, peers.EAGER),
     Bar(accuracy.SECTION, accuracy.ROW, 5e-3),
 )
 

@@ -20,6 +20,7 @@ MINUTES = {
     "networks": 4.7,
     "end to end": 5.6,
     "training": 1.5,
+    "drop in": 1.0,
     "accuracy": 0.1,
 }
 
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         accuracy,
         calls,
         ceiling,
+        drop_in,
         end_to_end,
         gate,
         kernels,
@@ -56,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     from .records import Settings, machine
 
     settings = Settings(args.steps, args.device, args.quick)
-    modules = {m.SECTION: m for m in (kernels, calls, networks, end_to_end, training, accuracy)}
+    made = (kernels, calls, networks, end_to_end, training, drop_in, accuracy)
+    modules = {m.SECTION: m for m in made}
     sections = args.only or list(MINUTES)
     required = args.device == "cpu" and not args.quick
     host = machine(settings)

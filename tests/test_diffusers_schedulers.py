@@ -328,3 +328,20 @@ def test_sixteen_steps_of_ours_are_the_samplers():
         got = scheduler.step(m, scheduler.timesteps[i], x, generator=noise).prev_sample
         z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(i))
         torch.testing.assert_close(got, sampler.step(m, i, x, noise=z), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_step_is_differentiable_as_there(name):
+    """For guidance by the gradient of a loss of the next sample, or of x0."""
+    gradients = []
+    for scheduler in pair(name, {}):
+        scheduler.set_timesteps(20)
+        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        generator = torch.Generator().manual_seed(1)
+        for t in scheduler.timesteps[10:12]:
+            out = scheduler.step(model(x, t), t, x, generator=generator)
+            loss = sum((value * value.detach().cos()).sum() for value in out.values())
+            gradients.append(torch.autograd.grad(loss, x)[0])
+            x = out.prev_sample.detach().requires_grad_()
+    torch.testing.assert_close(gradients[:2], gradients[2:], rtol=1e-3, atol=1e-3)
+    assert gradients[0].std() > 0.1

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .... import ops
-from ....ops.step import step as run
+from ....ops.step import reference, step
 from ....prediction import prediction_coefficients
 from ....rollout import previews
 from ....schedule import NoiseSchedule
@@ -161,16 +161,25 @@ class RowScheduler:
         """
         table = self._on(x.device, how, False)
         if not self._thresholds:
-            return run(x, m, table, row, h=x, v=v, z=z)
-        x0 = self._threshold_sample(run(x, m, self._on(x.device, how, True), row))
-        return run(x, m, table, row, h=x0, v=v, z=z)[0], x0
+            return run(x, m, table, row, x, v, z)
+        x0 = self._threshold_sample(run(x, m, self._on(x.device, how, True), row)[0])
+        return run(x, m, table, row, x0, v, z)[0], x0
 
     def _on(self, device: torch.device, how: tuple[Any, ...], preview: bool) -> Tensor:
         key = device, how, preview, self.bug_compatible
         table = self._made.get(key)
         if table is None:
-            table = self._made[key] = self._table(*how, preview=preview).to(device)
+            make = self._mixing if how in (("x0",), ("v",)) else self._table
+            table = self._made[key] = make(*how, preview=preview).to(device)
         return table
+
+    def _mixing(self, target: str, *, preview: bool) -> Tensor:
+        """Rows that noise x to their timestep, m being the noise; or mix v of the two."""
+        schedule = self._schedule()
+        alpha, sigma = schedule.alpha, schedule.sigma
+        a, n = (alpha, sigma) if target == "x0" else (-sigma, alpha)
+        t = np.arange(len(schedule))
+        return Table("mixing", t=t, sigma=1.0, init=1.0, px=0.0, pm=0.0, a=a, n=n, b=0.0).tensor()
 
     def _with_register(self, table: Table, preview: bool) -> Table:
         """The table as `_advance` runs it; its rows have no use of their own for the register."""
@@ -205,24 +214,42 @@ class RowScheduler:
         """alpha_t x0 + sigma_t noise, one timestep a sample or one for all; as original_samples."""
         if self._as_there(original_samples):
             return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc]
-        return self._noised(original_samples, noise, timesteps, "x0")[0]
+        return self._mixed(original_samples, noise, timesteps, "x0")
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha_t noise - sigma_t x0 (Salimans & Ho 2022); as `add_noise`."""
         if self._as_there(sample):
             return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc]
-        return self._noised(sample, noise, timesteps, "v")[1]
+        return self._mixed(sample, noise, timesteps, "v")
 
     def _as_there(self, x: Tensor) -> bool:
         return self.bug_compatible and x.dtype in HALF
 
-    def _noised(
-        self, x0: Tensor, noise: Tensor, timesteps: Tensor, target: str
-    ) -> tuple[Tensor, Tensor]:
-        t = timesteps.to(x0.device, torch.int64).flatten()
-        if len(t) != len(x0):
-            t = t.expand(len(x0))
-        return ops.noising(x0, t, self._schedule(), target, noise.to(x0.dtype))
+    def _mixed(self, x0: Tensor, noise: Tensor, timesteps: Tensor, target: str) -> Tensor:
+        device = x0.device
+        if timesteps.numel() == 1:  # for all samples
+            row = self._row(timesteps, device)
+            mixed, _ = run(x0.float(), noise.float(), self._on(device, (target,), False), row)
+            return mixed.to(x0.dtype)
+        t = timesteps.to(device, torch.int64)
+        both = ops.noising(x0, t, self._schedule(), target, noise.to(x0.dtype))
+        return both[target == "v"]
+
+
+def run(
+    x: Tensor,
+    m: Tensor,
+    table: Tensor,
+    row: Tensor,
+    h: Tensor | None = None,
+    v: Tensor | None = None,
+    z: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """(x', h') of a row, by `ops.step`; where a gradient is recorded, by its reference."""
+    if torch.is_grad_enabled() and (x.requires_grad or m.requires_grad):
+        return reference(x, m, table, row, h=h, v=v, z=z)[:2]
+    out = step(x, m, table, row, h=h, v=v, z=z)
+    return (out, None) if h is None else out
 
 
 def _trailing(steps: int, T: int) -> list[int]:

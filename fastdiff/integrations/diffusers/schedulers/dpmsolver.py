@@ -13,11 +13,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from .... import tables
-from ....ops.step import step as run
 from ....rollout import previews
 from ....schedule import NoiseSchedule
 from ....table import Table
-from .base import RowScheduler
+from .base import RowScheduler, run
 
 
 class DPMSolverMultistepScheduler(RowScheduler, diffusers.DPMSolverMultistepScheduler):
@@ -79,10 +78,10 @@ class DPMSolverMultistepScheduler(RowScheduler, diffusers.DPMSolverMultistepSche
             z = self._drawn(m, generator, torch.float32) if z is None else z.to(device).float()
         first, second, predict, rows = self._tables(device)
         if config.thresholding:
-            m = self._threshold_sample(run(x, m, predict, rows[i]))
+            m = self._threshold_sample(run(x, m, predict, rows[i])[0])
         h = x if self._register is None else self._register
         table = first if self._is_first_order(i) else second
-        x, self._register = run(x, m, table, rows[i], h=h, z=z)
+        x, self._register = run(x, m, table, rows[i], h, z=z)
         self.lower_order_nums = min(self.lower_order_nums + 1, config.solver_order)
         self._step_index = i + 1
         prev = self._rounded(x, model_output.dtype)
