@@ -66,6 +66,7 @@ def _networks() -> Iterator[Bar]:
         yield Bar(networks.SECTION, f"{row.title}: error", error, OWN)
 
 
+SD = networks.STABLE_DIFFUSION.title
 BARS = (
     Bar(kernels.SECTION, "step as DDIM", 20, peers.EAGER),
     Bar(kernels.SECTION, "step as DDIM", 2.2, COPY),
@@ -82,6 +83,8 @@ BARS = (
     Bar(calls.SECTION, "tensor allocations a step", 0),
     Bar(calls.SECTION, "import fastdiff, after torch", 0.3),
     *_networks(),
+    Bar(networks.SECTION, SD, 1.2, FASTEST, 1.5),
+    Bar(networks.SECTION, SD, 2, runtimes.EAGER.name),
     Bar(end_to_end.SECTION, end_to_end.CIFAR.title, 2, runtimes.OPENVINO.name),
     Bar(end_to_end.SECTION, end_to_end.CIFAR.title, 4, runtimes.PIPELINE.name),
     Bar(training.SECTION, training.ROWS[0].title, 1.5, training.DIFFUSERS, 1.8),

@@ -17,7 +17,7 @@ NEEDS = ("diffusers", "matplotlib")
 MINUTES = {
     "kernels": 2.0,
     "calls": 0.7,
-    "networks": 4.7,
+    "networks": 7.0,
     "end to end": 5.6,
     "training": 1.5,
     "drop in": 1.0,

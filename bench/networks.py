@@ -34,12 +34,13 @@ NAMES = {fp32: "fp32", bf16: "bf16"}
 
 @dataclass(frozen=True)
 class Row:
-    """A subject at a batch size and dtype."""
+    """A subject at a batch size and dtype; `compile`: whether peers may take minutes to compile."""
 
     name: str
     build: Callable[[], Subject]
     batch: int
     dtype: torch.dtype
+    compile: bool = True
 
     @property
     def title(self) -> str:
@@ -52,6 +53,7 @@ class Row:
 
 CIFAR = partial(Row, "CIFAR-10 network", subjects.cifar10)
 ROWS = tuple(CIFAR(batch, dtype) for batch in (16, 1) for dtype in (fp32, bf16))
+STABLE_DIFFUSION = Row("Stable Diffusion 1.5 network", subjects.stable_diffusion, 2, bf16, False)
 MORE_ON_GPUS = (CIFAR(64, bf16), Row("ADM-64 network", partial(subjects.adm, 64), 16, bf16))
 
 
@@ -72,6 +74,8 @@ class Runner:
 def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
     """Each network in turns: its time, error and memory, by contender."""
     rows = ROWS + MORE_ON_GPUS if settings.device == "cuda" else ROWS
+    if not settings.quick:
+        rows += (STABLE_DIFFUSION,)
     for row in tqdm(rows, desc=SECTION, leave=False):
         row = replace(row, batch=min(row.batch, 2)) if settings.quick else row
         yield from surviving(SECTION, row.title, _measured(row, settings))
@@ -80,7 +84,7 @@ def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
 def _measured(row: Row, settings: Settings) -> Iterator[Record]:
     subject = row.build()
     example = subject.example(row.batch, settings.device)
-    runners, left_out = ready(subject, example, row.dtype, settings)
+    runners, left_out = ready(subject, example, row.dtype, settings, compile=row.compile)
     yield from (without_time(SECTION, row.title, why, who) for who, why in left_out.items())
     if FASTDIFF in runners:
         yield from _times(row, subject, example, runners, settings)
@@ -93,17 +97,18 @@ def ready(
     dtype: torch.dtype,
     settings: Settings,
     also: tuple[Runtime, ...] = (),
+    compile: bool = True,
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """The runtimes that compute the network rightly, and why others are left out."""
     torch._dynamo.reset()  # else it gives up at the eighth network that runs the same code
     double = Bare(copy.deepcopy(subject.network)).to(settings.device).double()
     with torch.no_grad():
-        truth = double(example[0].double(), *example[1:])
+        truth = double(*(a.double() if a.is_floating_point() else a for a in example))
     del double
     runners: dict[str, Runner] = {}
     left_out: dict[str, str] = {}
     for runtime in (*runtimes.RUNTIMES, *also):
-        if runtime.compiles and not settings.compile:
+        if runtime.compiles and not (compile and settings.compile):
             continue
         if settings.device not in runtime.devices:
             if settings.device == "cuda":

@@ -55,7 +55,8 @@ class Runtime:
 def _of_torch(network: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> Call:
     def call(x: Tensor, *rest: Tensor) -> Tensor:
         with torch.inference_mode():
-            return network(x.to(dtype, memory_format=layout), *rest)
+            given = (a.to(dtype) if a.is_floating_point() else a for a in rest)
+            return network(x.to(dtype, memory_format=layout), *given)
 
     return call
 

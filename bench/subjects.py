@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 import fastdiff
@@ -19,7 +19,7 @@ class Subject:
     """A network, what samplers need to know, and the same in diffusers' terms.
 
     `size` is an image's. `classes` is how many it is guided over, None: it is not guided; `null`
-    is the label of no class.
+    is the label of no class. `text`: (tokens, size) of what it is told besides.
     """
 
     network: Any
@@ -29,11 +29,14 @@ class Subject:
     config: dict[str, Any] = field(default_factory=dict)
     classes: int | None = None
     null: int = -1
+    text: tuple[int, int] | None = None
 
     def example(self, batch: int, device: str) -> tuple[Tensor, ...]:
-        """Arguments (x, t) or (x, t, labels), different for each image."""
+        """Arguments (x, t), (x, t, labels) or (x, t, text), different for each image."""
         x = randn((batch, *self.size), seed=0, device=device)
         t = torch.linspace(0, 999, batch, device=device).long()
+        if self.text is not None:
+            return x, t, randn((batch, *self.text), seed=1, device=device)
         if self.classes is None:
             return x, t
         labels = torch.arange(batch, device=device) % (self.classes + 1)
@@ -62,7 +65,8 @@ class Cast(Bare):
 
     def forward(self, *args: Tensor) -> Tensor:
         x, *rest = args
-        return super().forward(x.to(self.dtype, memory_format=torch.channels_last), *rest)
+        given = (a.to(self.dtype) if a.is_floating_point() else a for a in rest)
+        return super().forward(x.to(self.dtype, memory_format=torch.channels_last), *given)
 
 
 def fashion_mnist() -> Subject:
@@ -99,6 +103,33 @@ def cifar10(classes: int | None = None) -> Subject:
         network.eval().requires_grad_(False), (3, 32, 32), NoiseSchedule.linear(1000), "eps",
         unclipped, classes, -1 if classes is None else classes,
     )  # fmt: skip
+
+
+def stable_diffusion() -> Subject:
+    """The U-Net of Stable Diffusion 1.5 (its public configuration), with random weights."""
+    crossing = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    with torch.device("meta"):
+        network = UNet2DConditionModel(
+            sample_size=64,
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+            down_block_types=(*(crossing[:1] * 3), "DownBlock2D"),
+            up_block_types=("UpBlock2D", *(crossing[1:] * 3)),
+            cross_attention_dim=768,
+            attention_head_dim=8,
+        )
+    network.to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if p.dim() > 1:
+                p.normal_(std=p[0].numel() ** -0.5)
+            else:
+                p.fill_(float("norm" in name and name.endswith("weight")))
+    schedule = NoiseSchedule.scaled_linear(1000)
+    return Subject(
+        network.eval().requires_grad_(False), (4, 64, 64), schedule, "eps", text=(77, 768)
+    )
 
 
 def adm(image_size: int) -> Subject:

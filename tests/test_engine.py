@@ -178,6 +178,22 @@ def test_a_change_of_the_network_is_noticed(change):
     assert torch.allclose(after, before, atol=1e-4) == (change == "another module")
 
 
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_what_is_made_in_one_mode_serves_in_another(first):
+    model, args = network("ddpm"), inputs("ddpm")
+    fast = optimize(model)
+    with first():
+        expected = fast(*args)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert fast(*args).equal(expected)
+    fast.report(rounds=1)
+    with torch.inference_mode():
+        within = optimize(network("ddpm"))  # its weights too
+        assert within(*args).shape == expected.shape
+        within.report(rounds=1)
+
+
 def test_a_network_that_was_cast_is_read_again():
     model, args = network("ddpm"), inputs("ddpm")
     fast = optimize(model, "float32")

@@ -51,7 +51,10 @@ class Engine(nn.Module):
     def _forget(self) -> None:
         """Start anew, from the network's weights as they are now."""
         self._watch = Watch(self.source)
-        self._dtype = next((p.dtype for p in self.source.parameters()), torch.float32)
+        weights = list(self.source.parameters())
+        self._dtype = weights[0].dtype if weights else torch.float32
+        # what is made in one mode cannot be written in another: the weights', not the caller's
+        self._inferred = any(p.is_inference() for p in weights)
         self._traced: list[nn.Module] = []  # hidden from nn.Module, as the source
         self._programs: dict[Any, Program] = {}
         self._weights = Weights()
@@ -76,7 +79,7 @@ class Engine(nn.Module):
         x, t, args, kwargs = self._inputs(args, kwargs)
         if self._check is not None:  # a program knows shapes; labels out of range it would take
             self._check(x.to(self._dtype), t, *args, **kwargs)
-        with torch.no_grad(), _own_dtypes(), self._lock:
+        with torch.inference_mode(self._inferred), torch.no_grad(), _own_dtypes(), self._lock:
             program, rest = self._program(x, t, args, kwargs)
             program.load(x, t, rest)
             outputs = [torch.empty(o.shape, dtype=x.dtype).copy_(o) for o in program.run()]
@@ -89,7 +92,7 @@ class Engine(nn.Module):
         call it; calls that were not prepared for work as well.
         """
         x, t, args, kwargs = self._inputs((x, t, *args), kwargs)
-        with torch.no_grad(), _own_dtypes(), self._lock:
+        with torch.inference_mode(self._inferred), torch.no_grad(), _own_dtypes(), self._lock:
             program, rest = self._program(x, t[0], args, kwargs)
             program.embedding.prepare(t, rest)
 
@@ -101,7 +104,7 @@ class Engine(nn.Module):
         """
         if self._latest is None:
             raise RuntimeError("report: nothing has run yet; call the network first")
-        with torch.no_grad(), _own_dtypes(), self._lock:
+        with torch.inference_mode(self._inferred), torch.no_grad(), _own_dtypes(), self._lock:
             return Report.of(self._latest, rounds)
 
     def train(self, mode: bool = True) -> Engine:
