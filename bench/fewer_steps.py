@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -112,6 +113,18 @@ class Bench:
         )
 
 
+def karras(schedule: Any, steps: int, highest: float = 80.0, rho: float = 7.0) -> list[int]:
+    """Timesteps nearest to the noise levels of Karras et al. 2022 (equation 5), descending.
+
+    Heun's method in their x / alpha, from the trailing timesteps' level of 20,000 on, draws noise.
+    """
+    level = schedule.sigma / schedule.alpha
+    ends = (min(highest, level[-1]) ** (1 / rho), level[0] ** (1 / rho))
+    wanted = np.linspace(*ends, steps) ** rho
+    nearest = np.abs(np.log(level)[:, None] - np.log(wanted)).argmin(0)
+    return sorted(set(nearest.tolist()), reverse=True)
+
+
 def points(
     bench: Bench,
     model: UNet,
@@ -134,10 +147,10 @@ def points(
         jobs.append((STUDENT, student, own, None, len(made.timesteps)))
     for steps in numbers:
         for name, (kind, options) in SAMPLERS.items():
-            sampler = kind(
-                model.schedule, steps, spacing="trailing", prediction=model.prediction, clip=1.0,
-                **options,
-            )  # fmt: skip
+            where: dict[str, Any] = {"steps": steps, "spacing": "trailing"}
+            if name == "Heun":
+                where = {"spacing": karras(model.schedule, steps)}
+            sampler = kind(model.schedule, prediction=model.prediction, **where, **options)
             jobs.append((name, model, sampler, w, steps))
     engines: dict[int, Any] = {}
     for method, network, sampler, weight, steps in tqdm(jobs, desc="points", unit="point"):

@@ -1,5 +1,7 @@
 """The commands as a user types them, on a tiny model with random weights."""
 
+import argparse
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,8 @@ from PIL import Image
 
 import fastdiff
 from fastdiff.cli import main
+from fastdiff.commands import sampling
+from fastdiff.models.distilled import Distilled
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +122,46 @@ def test_help_names_every_command():
         [sys.executable, "-m", "fastdiff", "--help"], capture_output=True, text=True
     )
     assert run.returncode == 0 and all(c in run.stdout for c in ("sample", "train", "doctor"))
+
+
+def arguments(words):
+    parser = argparse.ArgumentParser()
+    sampling.add_arguments(parser)
+    parser.add_argument("--guidance", type=float)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "clip"),
+    [([], np.inf), (["--clip", "1"], 1.0), (["--spacing", "trailing", "--steps", "3"], 1.0)],
+)
+def test_a_students_own_steps_are_not_clipped_unless_asked(folder, words, clip):
+    student = fastdiff.load(folder)
+    student.distilled = Distilled((99, 49), 0.5)
+    assert set(sampling.sampler_of(arguments(words), student).table.clip) == {clip}
+    student.distilled = None
+    assert set(sampling.sampler_of(arguments([]), student).table.clip) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--steps", "4"], "m-4"),
+        (["--steps", "5"], "m"),
+        ([], "m"),
+        (["--steps", "4", "--guidance", "1"], "m"),
+        (["--steps", "4", "--sampler", "dpmpp"], "m"),
+        (["--steps", "4", "--eta", "1"], "m"),
+    ],
+)
+def test_the_default_model_is_the_student_of_so_many_steps(
+    folder, tmp_path, monkeypatch, words, name
+):
+    for made in ("m", "m-4"):
+        shutil.copytree(folder, tmp_path / made)
+    monkeypatch.setattr(sampling, "ASSETS", tmp_path)
+    monkeypatch.setattr(fastdiff.checkpoint, "ASSETS", tmp_path)
+    monkeypatch.setattr(sampling, "SHIPPED", "m")
+    args = arguments(words)
+    sampling.model_of(args)
+    assert args.model == name
