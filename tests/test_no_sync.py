@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +24,7 @@ from fastdiff import (
     ops,
     samplers,
 )
+from fastdiff.integrations import diffusers
 from fastdiff.losses import DiffusionLoss
 
 SHAPE = (2, 3, 8, 8)
@@ -208,3 +209,28 @@ def test_noising_and_the_loss_never_read_back():
     learned = DiffusionLoss(made, "v", "hybrid", learned_variance=True)
     for how in ({}, {"seed": 3, "row": 2}):
         assert learned(lambda x, t: torch.cat([x, x], 1), x0, **how).device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_scheduler_of_diffusers_reads_no_timestep_back(place, name):
+    """As a pipeline runs it: told where it begins, each timestep a tensor of the device."""
+    pytest.importorskip("diffusers")
+    device, watch = place
+    if device.type == "cpu":
+        pytest.skip("the CPU's own values are looked at, which waits for nothing")
+    with unset_fake_temporarily():
+        scheduler = getattr(diffusers, name)()
+        scheduler.set_timesteps(4)
+        scheduler._schedule()
+        here = scheduler.timesteps.numpy()
+    scheduler.timesteps = torch.tensor(here.tolist(), device=device)
+    scheduler._here = scheduler.timesteps, here
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    x = torch.zeros(SHAPE, device=device)
+    timesteps = scheduler.timesteps.unbind()
+    with watch:
+        for i, t in enumerate(timesteps):
+            watch.rows = i > 0
+            x = scheduler.step(x, t, x).prev_sample
+    assert x.shape == SHAPE

@@ -47,7 +47,7 @@ class RowScheduler:
     _threshold_sample: Callable[[Tensor], Tensor]
 
     # attributes that diffusers' schedulers do not have
-    OWN = ("bug_compatible", "_made", "_thresholds", "_latest", "_levels", "_register")
+    OWN = ("bug_compatible", "_made", "_thresholds", "_latest", "_levels", "_register", "_here")
     # what the configuration may say; anything else raises
     SUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {"prediction_type": tuple(PREDICTIONS)}
 
@@ -67,14 +67,26 @@ class RowScheduler:
         self._forget()
 
     def _set_timesteps(self, steps: int | None, device: Any, **kwargs: Any) -> None:
-        super().set_timesteps(steps, device, **kwargs)  # type: ignore[misc]
+        super().set_timesteps(steps, None, **kwargs)  # type: ignore[misc]
         trailing = self.config.timestep_spacing == "trailing"
         if trailing and steps is not None and len(self.timesteps) != steps:
-            self._retime(_trailing(steps, self.config.num_train_timesteps), device)
+            self._retime(_trailing(steps, self.config.num_train_timesteps))
         self._forget()
+        self._place(device)
 
-    def _retime(self, timesteps: list[int], device: Any) -> None:
-        self.timesteps = torch.tensor(timesteps, device=device)
+    def _retime(self, timesteps: list[int]) -> None:
+        self.timesteps = torch.tensor(timesteps)
+
+    def _place(self, device: Any) -> None:
+        """Move the timesteps to a device, and keep them here too, so that none is read back."""
+        here = self.timesteps.numpy()
+        self.timesteps = self.timesteps.to(device, non_blocking=True)
+        self._here = self.timesteps, here
+
+    def _visited(self) -> NDArray[np.int64]:
+        """The timesteps, which somebody may have set."""
+        kept, here = self.__dict__.get("_here", (None, None))
+        return here if kept is self.timesteps else self.timesteps.cpu().numpy()
 
     def _forget(self) -> None:
         self._made: dict[Any, Any] = {}
@@ -82,7 +94,7 @@ class RowScheduler:
         self._latest: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": {}, "_latest": None}
+        return {**self.__dict__, "_made": {}, "_latest": None, "_here": (None, None)}
 
     @property
     def prediction(self) -> str:
@@ -110,7 +122,7 @@ class RowScheduler:
         Where a timestep goes: to the next that `timesteps` has below it, the last to -1, the data.
         """
         schedule = self._schedule()
-        own = np.sort(self.timesteps.cpu().numpy())
+        own = np.sort(self._visited())
         t = np.arange(len(schedule))[::-1]
         following = np.append(-1, own)[np.searchsorted(own, t)]
         exists = schedule.alpha[t] > 0
@@ -170,7 +182,7 @@ class RowScheduler:
         table = self._made.get(key)
         if table is None:
             make = self._mixing if how in (("x0",), ("v",)) else self._table
-            table = self._made[key] = make(*how, preview=preview).to(device)
+            table = self._made[key] = make(*how, preview=preview).to(device, non_blocking=True)
         return table
 
     def _mixing(self, target: str, *, preview: bool) -> Tensor:

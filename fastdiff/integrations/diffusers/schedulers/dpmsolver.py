@@ -48,11 +48,10 @@ class DPMSolverMultistepScheduler(RowScheduler, diffusers.DPMSolverMultistepSche
     ) -> None:
         """As diffusers'."""
         self._set_timesteps(num_inference_steps, device, mu=mu, timesteps=timesteps)
+        self._made["second order"] = self._second_order()
 
-    def _retime(self, timesteps: list[int], device: Any) -> None:
-        diffusers.DPMSolverMultistepScheduler.set_timesteps(
-            self, device=device, timesteps=timesteps
-        )
+    def _retime(self, timesteps: list[int]) -> None:
+        diffusers.DPMSolverMultistepScheduler.set_timesteps(self, timesteps=timesteps)
 
     def step(
         self,
@@ -113,13 +112,13 @@ class DPMSolverMultistepScheduler(RowScheduler, diffusers.DPMSolverMultistepSche
             or (config.lower_order_final and steps < 15)
         )
 
-    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """Rows of first order, of second, those that predict x0, and their numbers."""
         found = self._made.get(device)
         if found is None:
-            second = self._second_order()
+            second = self._made.get("second order") or self._second_order()
             first = replace(second, b=second.b + second.c, c=0.0)
-            rows = torch.arange(len(second), device=device)
+            rows = torch.arange(len(second), device=device).unbind()
             given = [table.tensor(device) for table in (first, second, previews(second))]
             if self.config.thresholding:  # what is given is x0 already
                 given[:2] = [
