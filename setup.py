@@ -45,8 +45,7 @@ else:
     if nvcc.compiler():
         extensions.append(Extension("fastdiff._cuda", ["csrc/cuda/bind.cpp"], optional=True))
 
-packages = ["fastdiff", "fastdiff.kernels"]
-packages += [f"fastdiff.{init.parent.name}" for init in sorted(Path("fastdiff").glob("*/*.py"))]
+packages = ["fastdiff.kernels", *(".".join(f.parent.parts) for f in Path("fastdiff").rglob("*.py"))]
 
 setup(
     packages=sorted(set(packages)),

@@ -10,11 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastdiff import checkpoint, files
+from fastdiff import DDIMSampler, DistillConfig, checkpoint, files
 from fastdiff.checkpoint import load, save
 from fastdiff.data import fashion_mnist
+from fastdiff.evaluate import describe, load_classifier
 from fastdiff.losses import DiffusionLoss
 from fastdiff.models import UNet, UNetConfig
+from fastdiff.models.distilled import Distilled
 from fastdiff.schedule import NoiseSchedule
 from fastdiff.train import TrainConfig
 
@@ -274,3 +276,32 @@ def test_the_shipped_model_is_the_recipes_and_has_learned(monkeypatch, name):
         held_out, (data.labels, model.null_cond(data.labels), (data.labels + 5) % 10)
     )
     assert right < none < wrong and right < 0.15
+
+
+def test_the_shipped_students_are_the_recipes_and_draw(monkeypatch):
+    monkeypatch.chdir("/")
+    recipe = json.loads((ROOT / "recipes/fashion-mnist-students.json").read_text())
+    plan, train = DistillConfig.from_json(recipe["distill"]), TrainConfig.from_json(recipe["train"])
+    teacher = load(recipe["teacher"])
+    classifier, labels = load_classifier(), torch.arange(50) % 10
+    size = 0
+    for k, steps in enumerate(plan.stages):
+        if steps > 8:
+            continue
+        student = load(f"fashion-mnist-{steps}")
+        assert (student.config, student.schedule) == (teacher.config, teacher.schedule)
+        trailing = tuple(teacher.schedule.timesteps(plan.start_steps, "trailing").tolist())
+        assert student.distilled == Distilled(trailing[:: plan.start_steps // steps], plan.guidance)
+        folder = checkpoint.ASSETS / f"fashion-mnist-{steps}"
+        made = json.loads((folder / "config.json").read_text())["training"]["config"]
+        own = {"steps": plan.updates[k], "lr": plan.lrs[k], "prediction": teacher.prediction}
+        assert TrainConfig.from_json(made) == dataclasses.replace(train, **own)
+        size += sum(file.stat().st_size for file in folder.iterdir())
+
+        sampler = DDIMSampler(
+            student.schedule, spacing=student.distilled.timesteps, prediction=student.prediction
+        )
+        x = sampler.sample(student, (50, 1, 32, 32), seed=0, cond=labels)
+        _, classes = describe(classifier, ((x.clamp(-1, 1) + 1) * 127.5).round().byte())
+        assert (classes == labels).double().mean() > 0.85
+    assert size < 40_000_000
