@@ -220,7 +220,7 @@ def test_a_bar_against_the_fastest_other(ratios, met):
 
 def test_bars_stand_on_rows_that_are_measured():
     rows = {r.name for r in kernels.ROWS} | {r.title for r in networks.ROWS}
-    rows |= {f"{r.title}: error" for r in networks.ROWS}
+    rows |= {f"{r.title}: error" for r in networks.ROWS} | {networks.STABLE_DIFFUSION.title}
     rows |= {r.about["row"] for r in end_to_end.ROWS}
     sections = (kernels.SECTION, networks.SECTION, end_to_end.SECTION)
     assert {b.row for b in bars.BARS if b.section in sections} <= rows
