@@ -30,7 +30,7 @@ from fastdiff import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, lo
 from fastdiff.data import fashion_mnist
 from fastdiff.draw import draw_batches
 from fastdiff.evaluate import balanced, describe, framed, frechet_distance, load_classifier
-from fastdiff.files import write_bytes
+from fastdiff.files import make_folder, write_bytes
 from fastdiff.models import UNet
 from fastdiff.samplers import Sampler
 
@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     if w is None:
         learned = {student.distilled.guidance for student in students if student.distilled}
         w = next(iter(learned - {None}), 0.0)
+    make_folder(args.out)
     path = args.out / "steps.json"
     facts = {"images": args.images, "guidance": w, "seed": args.seed,
              "threads": torch.get_num_threads()}  # fmt: skip
