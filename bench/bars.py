@@ -83,7 +83,7 @@ BARS = (
     Bar(calls.SECTION, "tensor allocations a step", 0),
     Bar(calls.SECTION, "import fastdiff, after torch", 0.3),
     *_networks(),
-    Bar(networks.SECTION, SD, 1.2, FASTEST, 1.5),
+    Bar(networks.SECTION, SD, 1.2, runtimes.OPENVINO.name, 1.5),
     Bar(networks.SECTION, SD, 2, runtimes.EAGER.name),
     Bar(end_to_end.SECTION, end_to_end.CIFAR.title, 2, runtimes.OPENVINO.name),
     Bar(end_to_end.SECTION, end_to_end.CIFAR.title, 4, runtimes.PIPELINE.name),

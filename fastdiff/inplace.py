@@ -102,8 +102,8 @@ def _engine(network: Any, base: Any) -> Any:
     state = network.__dict__[OPTIONS]
     device = next(network.parameters()).device
     if state.get("device") != device:
-        plain = base.__new__(base)  # the same modules and weights, with the call as it was
-        plain.__dict__.update(network.__dict__)
-        del plain.__dict__[OPTIONS]
-        state["engine"], state["device"] = optimize(plain, **_options(network)), device
+        as_it_was = base.__new__(base)  # the same modules and weights, with the call of its class
+        as_it_was.__dict__.update(network.__dict__)
+        del as_it_was.__dict__[OPTIONS]
+        state["engine"], state["device"] = optimize(as_it_was, **_options(network)), device
     return state["engine"]

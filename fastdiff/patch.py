@@ -51,7 +51,18 @@ def patch(
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
     one_of("memory", memory, MEMORY)
-    found = [part for i, thing in enumerate(objects) for part in _parts(f"objects[{i}]", thing)]
+    found = []
+    for i, thing in enumerate(objects):
+        _warn_of_version(thing)
+        for part in _parts(f"objects[{i}]", thing):
+            if part is thing or isinstance(part, nn.Module) or _known(part):
+                found.append(part)
+                continue
+            warnings.warn(
+                f"scheduler: fastdiff has none for {type(part).__name__}, which stays; it has "
+                f"{', '.join(cls.__name__ for cls in _schedulers())}",
+                stacklevel=2,
+            )
     classes = [_faster(part) for part in found]
     for part, cls in zip(found, classes, strict=True):
         part.__dict__[OPTIONS] = {"dtype": dtype, "memory": memory}
@@ -82,7 +93,8 @@ def _parts(name: str, thing: Any) -> Iterator[Any]:
     """The schedulers and networks of an object."""
     diffusers = sys.modules.get("diffusers")
     if diffusers is not None and isinstance(thing, diffusers.DiffusionPipeline):
-        yield from _of_pipeline(thing)
+        parts = (getattr(thing, name, None) for name in ("unet", "scheduler"))
+        yield from (part for part in parts if part is not None)
     elif isinstance(thing, nn.Module) or hasattr(thing, "set_timesteps"):
         yield thing
     else:
@@ -90,22 +102,6 @@ def _parts(name: str, thing: Any) -> Iterator[Any]:
             f"{name}: is a {type(thing).__name__}, must be a diffusers pipeline or scheduler, or "
             "an nn.Module"
         )
-
-
-def _of_pipeline(pipe: Any) -> Iterator[Any]:
-    _warn_of_version()
-    for name in ("unet", "scheduler"):
-        part = getattr(pipe, name, None)
-        if part is None:
-            continue
-        if name == "scheduler" and not _known(part):
-            warnings.warn(
-                f"scheduler: fastdiff has none for {type(part).__name__}, which stays; it has "
-                f"{', '.join(cls.__name__ for cls in _schedulers())}",
-                stacklevel=4,
-            )
-            continue
-        yield part
 
 
 def _schedulers() -> dict[type, type]:
@@ -136,12 +132,14 @@ def _faster(part: Any) -> type:
     return faster
 
 
-def _warn_of_version() -> None:
-    import diffusers
-
-    if not diffusers.__version__.startswith(DIFFUSERS):
-        warnings.warn(
-            f"diffusers {diffusers.__version__}: fastdiff is tested with {', '.join(DIFFUSERS)}; "
-            "compare an image with an unpatched pipeline's",
-            stacklevel=5,
-        )
+def _warn_of_version(thing: Any) -> None:
+    """Warn if a thing is of a release of diffusers that was not tested."""
+    diffusers = sys.modules.get("diffusers")
+    of_diffusers = any(cls.__module__.split(".")[0] == "diffusers" for cls in type(thing).__mro__)
+    if diffusers is None or not of_diffusers or diffusers.__version__.startswith(DIFFUSERS):
+        return
+    warnings.warn(
+        f"diffusers {diffusers.__version__}: fastdiff is tested with {', '.join(DIFFUSERS)}; "
+        "compare an image with an unpatched pipeline's",
+        stacklevel=3,
+    )

@@ -251,6 +251,10 @@ def test_another_scheduler_stays_with_a_warning():
         fastdiff.patch(pipe)
     assert type(pipe.scheduler) is diffusers.EulerDiscreteScheduler
     assert isinstance(pipe.unet, Fast)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastdiff.unpatch(pipe)
+    assert type(pipe.unet) is diffusers.UNet2DModel
     with pytest.raises(TypeError, match="EulerDiscreteScheduler, must be exactly one of DDIM"):
         fastdiff.patch(pipe.scheduler)
 
@@ -280,3 +284,5 @@ def test_another_release_of_diffusers_warns(monkeypatch):
     monkeypatch.setattr(diffusers, "__version__", "0.99.0")
     with pytest.warns(UserWarning, match=r"diffusers 0\.99\.0: fastdiff is tested with 0\.42"):
         fastdiff.patch(diffusers.DDIMPipeline(unet(), diffusers.DDIMScheduler()))
+    with pytest.warns(UserWarning, match="fastdiff is tested with"):
+        fastdiff.patch(diffusers.DDPMScheduler())
