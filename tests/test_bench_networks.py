@@ -104,6 +104,19 @@ def test_a_runtime_that_is_wrong_broken_or_absent_is_told(monkeypatch):
     assert left_out["ONNX Runtime"] == "left out: ZeroDivisionError: division by zero"
 
 
+@torch.no_grad()
+def test_a_peer_that_rounds_more_is_timed_with_a_note(monkeypatch, two_runtimes):
+    exact = runtimes.EAGER.prepare
+    rough = replace(
+        runtimes.EAGER, name="peer", prepare=lambda *how: lambda *args: 1.01 * exact(*how)(*args)
+    )
+    monkeypatch.setattr(runtimes, "RUNTIMES", (*runtimes.RUNTIMES, rough))
+    monkeypatch.setattr(networks, "ROWS", [networks.Row("tiny", tiny, 2, torch.float32)])
+    records = list(networks.measure(QUICK, {}))
+    (timed,) = (r for r in records if r.provider == "peer" and r.ratio and r.metric == "us")
+    assert timed.p50 and timed.note.startswith("is timed, though it rounds more (error 1.0e-02")
+
+
 def test_flops_are_those_of_the_direct_algorithms():
     assert networks.gflop(convolution()) == 2 * 9 * 3 * 5 * 64 / 1e9
     yardstick, work = networks.convolution_of(torch.float32, QUICK)

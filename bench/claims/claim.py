@@ -1,0 +1,132 @@
+"""What a claim's script is made of: its points in a file, its table, its picture, its page."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from bench.records import Settings, machine
+from fastdiff.files import make_folder, write_bytes
+
+DOCS = Path(__file__).parents[2] / "docs"
+RUNS = Path(__file__).parents[2] / "runs" / "claims"  # networks that a script trains
+CLAIMS: tuple[str, ...] = ()  # modules of this folder, in the page's order
+
+Point = dict[str, Any]
+
+
+class Points:
+    """The measured points of a claim, in a file that every new one is added to."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        self.path, self.facts = path, dict(facts)
+        self.found: dict[str, Point] = {}
+        if path.is_file():
+            record = json.loads(path.read_text())
+            if record["facts"] != self.facts:
+                raise SystemExit(f"{path}: holds points of {record['facts']}; remove it first")
+            self.found = record["points"]
+
+    def measure(self, name: str, measured: Callable[[], Point]) -> Point:
+        """The point of that name: from the file, or measured now and written there."""
+        if name not in self.found:
+            print(f"{name} ..", flush=True)
+            start = time.perf_counter()
+            point = measured()
+            self.found[name] = {**point, "seconds": round(time.perf_counter() - start, 1)}
+            record = {"facts": self.facts, "machine": machine(Settings()), "points": self.found}
+            make_folder(self.path.parent)
+            write_bytes(self.path, (json.dumps(record, indent=1) + "\n").encode())
+            shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in point.items()}
+            print(f"{name}: {shown}", flush=True)
+        return self.found[name]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the literature and how it fares here.
+
+    Attributes:
+        name: of its module and its files.
+        title: a line.
+        says: what the literature says, with its source; a paragraph of Markdown.
+        measure: measures the points: measure(points, images, seeds).
+        table: the points as lines of Markdown, and what they say of the claim.
+        draw: the points as a picture, or None.
+        images, seeds: how many images a set has, and from how many seeds, by default.
+    """
+
+    name: str
+    title: str
+    says: str
+    measure: Callable[[Points, int, Sequence[int]], None]
+    table: Callable[[Mapping[str, Point]], list[str]]
+    draw: Callable[[Mapping[str, Point], Figure], None] | None = None
+    images: int = 10_000
+    seeds: int = 1
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run it as a command."""
+        parser = argparse.ArgumentParser(description=f"{self.title} {self.says}")
+        parser.add_argument("--images", type=int, default=self.images, help="a set of them")
+        parser.add_argument("--seeds", type=int, default=self.seeds, help="sets a point")
+        parser.add_argument("--out", type=Path, default=DOCS, help="of results.md and results/")
+        args = parser.parse_args(argv)
+        facts = {"images": args.images, "seeds": args.seeds}
+        points = Points(args.out / "results" / f"{self.name}.json", facts)
+        self.measure(points, args.images, range(args.seeds))
+        if self.draw is not None:
+            figure = Figure((9, 4.2), layout="constrained")
+            self.draw(points.found, figure)
+            figure.savefig(args.out / "results" / f"{self.name}.png", dpi=110)
+        document(args.out)
+        print(args.out / "results.md")
+        return 0
+
+    def section(self, out: Path) -> list[str]:
+        """Its part of the page, from its file; nothing where there is none yet."""
+        path = out / "results" / f"{self.name}.json"
+        if not path.is_file():
+            return []
+        record = json.loads(path.read_text())
+        points, facts = record["points"], record["facts"]
+        minutes = sum(point["seconds"] for point in points.values()) / 60
+        lines = ["", f"## {self.title}", "", self.says, ""]
+        lines += [
+            f"`python bench/claims/{self.name}.py`: {facts['images']:,} images a set, "
+            f"{facts['seeds']} seed{'s' if facts['seeds'] > 1 else ''} a point, {minutes:.0f} "
+            f"minutes on {torch.get_num_threads()} threads.",
+            "",
+        ]
+        lines += self.table(points)
+        if self.draw is not None:
+            lines += ["", f"![{self.title}](results/{self.name}.png)"]
+        return lines
+
+
+def document(out: Path) -> None:
+    """Write results.md of the claims whose points are there."""
+    lines = ["# The literature's claims, put to the test"]
+    for name in CLAIMS:
+        lines += importlib.import_module(f"bench.claims.{name}").CLAIM.section(out)
+    write_bytes(out / "results.md", ("\n".join(lines) + "\n").encode())
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """The mean over seeds, and their standard deviation (0 of one)."""
+    found = torch.tensor(values, dtype=torch.float64)
+    return found.mean().item(), found.std().item() if len(values) > 1 else 0.0
+
+
+def plus_minus(mean: float, spread: float, digits: int = 3) -> str:
+    shown = f"{mean:.{digits}g}"
+    return f"{shown} ± {spread:.1g}" if spread else shown
