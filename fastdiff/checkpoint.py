@@ -14,6 +14,8 @@ from .errors import one_of
 from .files import make_folder, read_tensors, write_bytes, write_tensors
 from .models import UNet, UNetConfig
 from .models.distilled import Distilled
+from .models.encoder import EncoderUNet
+from .models.network import Network
 from .prediction import PREDICTIONS
 from .schedule import NoiseSchedule
 
@@ -24,7 +26,7 @@ STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 def save(
     folder: str | Path,
-    model: UNet,
+    model: Network,
     schedule: NoiseSchedule,
     prediction: str,
     class_names: tuple[str, ...] = (),
@@ -65,6 +67,8 @@ def save(
     }
     if distilled is not None:
         record["distilled"] = distilled.to_json()
+    if isinstance(model, EncoderUNet):
+        record["classifier"] = {"outputs": model.outputs, "pool": model.pool}
     tensors = {k: v.to(STORED[dtype]) for k, v in model.state_dict().items()}
     make_folder(weights.parent)
     stamp = write_tensors(weights, tensors, {"config": json.dumps(record)})
@@ -90,6 +94,27 @@ def load(source: str | Path) -> UNet:
     Warns if the configuration beside the weights is missing or of other weights, and their own is
     used.
     """
+    model = _load(source)
+    if not isinstance(model, UNet):
+        raise ValueError(
+            f"{source}: holds a classifier of noisy images; "
+            "fastdiff.guidance.load_classifier reads it"
+        )
+    return model
+
+
+def load_encoder(source: str | Path) -> EncoderUNet:
+    """A trained classifier of noisy images, as `fastdiff train --task classifier` writes it.
+
+    Its `.schedule` and `.class_names` say what it was trained on. Arguments and errors as `load`.
+    """
+    model = _load(source)
+    if not isinstance(model, EncoderUNet):
+        raise ValueError(f"{source}: holds no classifier; fastdiff.load reads it")
+    return model
+
+
+def _load(source: str | Path) -> Network:
     path = Path(source)
     if not path.exists() and (ASSETS / path).is_dir():
         path = ASSETS / path
@@ -103,7 +128,9 @@ def load(source: str | Path) -> UNet:
     tensors, metadata = read_tensors(weights)
     try:
         record = _configuration(weights, config, metadata)
-        model = UNet(UNetConfig.from_json(record["model"]))
+        shape = UNetConfig.from_json(record["model"])
+        classifier = record.get("classifier")
+        model: Network = UNet(shape) if classifier is None else EncoderUNet(shape, **classifier)
         schedule = NoiseSchedule.from_json(record["schedule"])
         prediction, names = record["prediction"], tuple(record["class_names"])
         one_of("prediction", prediction, PREDICTIONS)

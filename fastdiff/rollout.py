@@ -22,6 +22,11 @@ def previews(table: Table) -> Table:
     return replace(table, a=0.0, b=1.0, c=0.0, n=0.0, s=0.0, d=0.0, e=0.0)
 
 
+def means(table: Table) -> Table:
+    """The table whose rows return the mean of the next state, before a classifier's shift."""
+    return replace(table, q=0.0, s=0.0)
+
+
 def placement(model: Model) -> tuple[torch.dtype, torch.device | None]:
     """The dtype a model computes in and its device: those of its first floating parameter.
 
@@ -41,11 +46,11 @@ class Rollout:
     `x` holds the starting state, float32, and is overwritten row after row; `dtype` is what the
     model computes in. `cond` goes to the model as its third argument; with a guided table
     `uncond` does so for the second half of a doubled batch. With `preview`, `x0` holds the
-    predicted x0 of the latest row.
+    predicted x0 of the latest row. With `at_mean`, a gradient is taken at `mean`, the row's.
     """
 
-    BY_ROW = ("t", "columns", "previews")
-    BUFFERS = (*BY_ROW, "x", "h", "streams", "cond", "both", "input", "x0")
+    BY_ROW = ("t", "columns", "previews", "means")
+    BUFFERS = (*BY_ROW, "x", "h", "streams", "cond", "both", "input", "x0", "mean")
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class Rollout:
         uncond: Tensor | None = None,
         streams: Tensor | None = None,
         preview: bool = False,
+        at_mean: bool = False,
     ) -> None:
         self.x, self.cond = x, cond
         self.guided = (table.w != 0).tolist()
@@ -72,6 +78,8 @@ class Rollout:
         self.columns = table.tensor(x.device)
         self.previews = previews(table).tensor(x.device) if preview else None
         self.x0 = torch.empty_like(x) if preview else None
+        self.means = means(table).tensor(x.device) if at_mean else None
+        self.mean = torch.empty_like(x) if at_mean else None
 
     def step(
         self,
@@ -93,7 +101,12 @@ class Rollout:
         m, m_u, v = split(out, x, guided, self.learned_variance)
         g = None
         if gradient is not None:
-            g = gradient(x, t_alone, *cond)
+            if self.mean is not None:
+                STEP.write(
+                    x, m, self.means, row, m_u, v, None, None, None, None, 0,
+                    x_next=self.mean, h_next=None, model_input=None,
+                )  # fmt: skip
+            g = gradient(x if self.mean is None else self.mean, t_alone, *cond)
             errors.like("gradient: its result", g, "x", x)
         if self.x0 is not None:
             STEP.write(

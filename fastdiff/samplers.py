@@ -60,6 +60,7 @@ class Sampler:
         *,
         uncond: Tensor | None = None,
         gradient: Callable[..., Tensor] | None = None,
+        gradient_at: str = "x",
         graph: bool | None = None,
     ) -> Tensor:
         """Draw samples: float32, of the given shape, on the model's device.
@@ -69,10 +70,12 @@ class Sampler:
         variance, in place of the seed's. cond: the model's third argument, [B, ...].
         guidance: the weight w of (w + 1) m_cond - w m_uncond, a number or one a row of the table;
         guidance_interval=(lo, hi) keeps it to noise levels lo < sigma / alpha <= hi, and other
-        rows run the conditional half alone. uncond: what stands for "no condition", by default
-        `model.null_cond(cond)`. gradient(x, t[, cond]): a classifier's gradient at x, for a table
-        with a classifier scale. callback(row, x, x0) is called after each row with the state and
-        the predicted x0; x is overwritten by the next row, clone it to keep it.
+        rows run the conditional half alone, and no classifier shifts them. uncond: what stands for
+        "no condition", by default `model.null_cond(cond)`. gradient(x, t[, cond]): a classifier's
+        gradient, for a table with a classifier scale (`fastdiff.guidance`), taken at the state x
+        or at the row's "mean", where the paper expands ln p(y | x). callback(row, x, x0) is called
+        after each row with the state and the predicted x0; x is overwritten by the next row, clone
+        it to keep it.
         graph: whether rows are replayed from CUDA graphs (`fastdiff.graph`): by default on a GPU,
         for an nn.Module that allows it; False never, True or else RuntimeError. progress: a bar,
         on a GPU at most two rows ahead of it.
@@ -84,11 +87,14 @@ class Sampler:
             raise ValueError(f"shape={shape}: must be (B, C, ...), every size at least 1")
         if guidance is not None:
             table = table.with_guidance(guidance, interval)
-        elif interval is not None:
+        elif interval is not None and not table.classifier:
             raise ValueError("guidance_interval: was given without guidance; give its weight w")
+        if interval is not None and table.classifier:
+            table = table.with_classifier_in(interval)
         if table.guided:
             uncond = unconditional(model, cond, uncond)
-        if table.classifier != (gradient is not None):
+        errors.one_of("gradient_at", gradient_at, ("x", "mean"))
+        if self.table.classifier != (gradient is not None):
             raise ValueError(
                 "gradient: is needed by a table with a classifier scale, and only by it"
             )
@@ -98,8 +104,9 @@ class Sampler:
         start, streams = self._start(model, shape, seed, x_T, first_index)
         dtype, preview = placement(model)[0], callback is not None
         rollout = Rollout(
-            table, dtype, start, cond=cond, uncond=uncond, streams=streams, preview=preview
-        )
+            table, dtype, start, cond=cond, uncond=uncond, streams=streams, preview=preview,
+            at_mean=gradient_at == "mean" and gradient is not None,
+        )  # fmt: skip
         with graphs.stepping(model, rollout, gradient, graph) as advance:
             for i in _shown(table, start.device) if progress else range(len(table)):
                 state = advance(i)

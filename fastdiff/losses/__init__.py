@@ -1,6 +1,7 @@
 """Training objectives, and what they are measured by: bits per dimension."""
 
 from .bits import BitsPerDim, bits_per_dim
+from .classification import ClassifierLoss
 from .diffusion import HYBRID_LAMBDA, DiffusionLoss
 from .distillation import DistillationLoss
 from .score_matching import denoising_score_matching, sliced_score_matching
@@ -12,6 +13,7 @@ __all__ = [
     "MIN_SNR_GAMMA",
     "WEIGHTINGS",
     "BitsPerDim",
+    "ClassifierLoss",
     "DiffusionLoss",
     "DistillationLoss",
     "LossAwareTimesteps",

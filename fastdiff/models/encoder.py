@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import one_of
 from .blocks import group_norm, timestep_embedding, zeroed
 from .config import UNetConfig
+from .network import Network
 from .unet import down_path, middle
 
 POOLS = ("attention", "adaptive")
@@ -36,7 +37,7 @@ class AttentionPool(nn.Module):
         return self.c_proj(found.transpose(2, 3).flatten(1, 2)).squeeze(2)
 
 
-class EncoderUNet(nn.Module):
+class EncoderUNet(Network):
     """A classifier of noisy images, told the timestep (Dhariwal & Nichol 2021, section 4).
 
         >>> model = EncoderUNet(UNetConfig(channels=32, norm_groups=8, head_channels=32), 10)
@@ -44,8 +45,8 @@ class EncoderUNet(nn.Module):
         torch.Size([2, 10])
 
     Args:
-        config: of the U-Net whose way down it has; num_classes, guidance_max, patch_size and
-            learned_variance must be at their defaults.
+        config: of the U-Net whose way down it has; num_classes, guidance_max and learned_variance
+            must be at their defaults.
         outputs: numbers an image, for a classifier its classes.
         pool: "attention" over the last level's pixels, or "adaptive", their mean.
     """
@@ -54,7 +55,7 @@ class EncoderUNet(nn.Module):
         super().__init__()
         one_of("pool", pool, POOLS)
         default = UNetConfig()
-        for name in ("num_classes", "guidance_max", "patch_size", "learned_variance"):
+        for name in ("num_classes", "guidance_max", "learned_variance"):
             if getattr(config, name) != getattr(default, name):
                 raise ValueError(
                     f"{name}={getattr(config, name)}: must be {getattr(default, name)}; an encoder "
@@ -78,10 +79,21 @@ class EncoderUNet(nn.Module):
             head += [nn.AdaptiveAvgPool2d((1, 1)), last, nn.Flatten()]
         self.out = nn.Sequential(*head)
 
+    @property
+    def labels(self) -> int:
+        """Its outputs: what it is trained to tell apart."""
+        return self.outputs
+
+    def fresh(self) -> EncoderUNet:
+        """A network built as this one is, with weights of its own."""
+        return EncoderUNet(self.config, self.outputs, self.pool)
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Logits [B, outputs] of images [B, C, H, W], noised to timesteps t [B]."""
         waves = timestep_embedding(t, self.config.channels, self.config.time_embedding)
         emb = self.time_embed(waves.to(next(self.parameters()).dtype))
+        if self.config.patch_size > 1:
+            x = F.pixel_unshuffle(x, self.config.patch_size)
         for stage in (*self.input_blocks, self.middle_block):
-            x = stage(x, emb)
+            x = self._run(stage, x, emb)
         return self.out(x)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .at_guidance import AtGuidance
 from .blocks import (
     AttentionBlock,
-    Block,
     Downsample,
     ResBlock,
     Stage,
@@ -24,11 +20,7 @@ from .blocks import (
     zeroed,
 )
 from .config import UNetConfig
-from .conv import Conv3x3
-
-if TYPE_CHECKING:
-    from ..schedule import NoiseSchedule
-    from .distilled import Distilled
+from .network import Network
 
 
 def level_stage(channels: int, level: int, config: UNetConfig) -> Stage:
@@ -71,7 +63,7 @@ def middle(channels: int, config: UNetConfig) -> Stage:
     )
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """The U-Net of "Diffusion Models Beat GANs" (Dhariwal & Nichol 2021), and of DDPM.
 
     Parameters carry guided-diffusion's names, so that its state dicts load as they are.
@@ -82,20 +74,8 @@ class UNet(nn.Module):
         torch.Size([2, 3, 32, 32])
 
     Attributes:
-        config: how it is built.
-        schedule, prediction, class_names: how it was trained, for samplers; set by
-            `fastdiff.load` and by the trainer, None and empty on a fresh network.
-        distilled: of a student of `fastdiff.distill`, the timesteps it is to be sampled at and
-            the guidance weight it has learned; else None.
-        recompute: in training, keep only what goes in and out of each stage, and compute the
-            stage again for its gradient (Chen et al. 2016): less memory, a third more time.
+        config: how it is built. The others are `Network`'s.
     """
-
-    schedule: NoiseSchedule | None = None
-    prediction: str | None = None
-    class_names: tuple[str, ...] = ()
-    distilled: Distilled | None = None
-    fused = recompute = False
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -131,42 +111,6 @@ class UNet(nn.Module):
             nn.SiLU(),
             zeroed(nn.Conv2d(first, outputs, 3, padding=1)),
         )
-
-    def fuse_blocks(self, fused: bool = True) -> UNet:
-        """Run the blocks on our ops, in place: faster to train, the same to rounding.
-
-        GroupNorm with AdaGN and SiLU, and attention, become single ops with gradients of their
-        own; on a CPU with AVX-512, 3x3 convolutions go by Winograd's minimal filtering, forward
-        and backward. Parameters and state dict stay. There are no second derivatives.
-
-        Args:
-            fused: False goes back to plain torch.
-
-        Returns:
-            The network itself.
-        """
-        for module in self.modules():
-            if isinstance(module, (UNet, Block, Conv3x3)):
-                module.fused = fused
-        return self
-
-    def compile_blocks(self, **options: Any) -> UNet:
-        """Fuse the blocks, and compile each residual and attention block, in place, as one graph.
-
-        For GPUs: as `fuse_blocks`; without gradients the attention's norm becomes a part of its
-        qkv projection, and torch.compile fuses the rest. The first call with a shape compiles for
-        it. On the CPU `fuse_blocks` is for training, and `fastdiff.optimize` for inference.
-
-        Args:
-            options: those of torch.compile, as mode="max-autotune-no-cudagraphs".
-
-        Returns:
-            The network itself.
-        """
-        for module in self.fuse_blocks().modules():
-            if isinstance(module, Block):
-                module.compile_whole(**options)
-        return self
 
     def embed(self, t: Tensor, cond: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """The embedding of time, class and weight, [B, 4 channels], in the parameters' dtype.
@@ -205,11 +149,6 @@ class UNet(nn.Module):
         norm, act, conv = self.out
         x = conv(norm_silu(norm, x) if self.fused else act(norm(x)))
         return F.pixel_shuffle(x, patch) if patch > 1 else x
-
-    def _run(self, stage: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(stage, x, emb, use_reentrant=False)
-        return stage(x, emb)
 
     def forward(
         self, x: Tensor, t: Tensor, cond: Tensor | None = None, w: Tensor | None = None

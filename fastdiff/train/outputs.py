@@ -10,6 +10,7 @@ import torch
 from ..checkpoint import save
 from ..images import grid
 from ..models import UNet
+from ..models.network import Network
 from ..samplers import DDIMSampler
 from .curves import can_draw, draw_curves
 from .distributed import joined
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 SAMPLES, COLUMNS = 100, 10
 
 
-def averaged(run: Trainer, name: str) -> UNet:
+def averaged(run: Trainer, name: str) -> Network:
     """The network with averaged weights, in their memory; all processes must call it."""
     with torch.device("meta"):
-        model = UNet(run.model.config)
+        model = run.model.fresh()
     named = zip(run.model.named_parameters(), run.averages.values[name], strict=True)
     model.load_state_dict({k: joined(v, like) for (k, like), v in named}, assign=True)
     model.schedule, model.prediction = run.schedule, run.config.prediction
@@ -35,9 +36,12 @@ def averaged(run: Trainer, name: str) -> UNet:
 
 
 def draw(run: Trainer) -> None:
-    """Draw a grid of samples, a row a class, and the curves so far."""
+    """Draw the curves so far and, if it makes images, a grid of samples, a row a class."""
     model = averaged(run, f"ema.{run.config.decays[0]}")
     if not run.leads:
+        return
+    _curves(run)
+    if not isinstance(model, UNet):
         return
     config = model.config
     cond = torch.arange(SAMPLES, device=run.device) // COLUMNS % (config.num_classes or 1)
@@ -55,7 +59,6 @@ def draw(run: Trainer) -> None:
     )
     grid(x, columns=COLUMNS).save(run.out / f"samples-{run.step:06d}.png")
     run.metrics.images(run.step, x)
-    _curves(run)
 
 
 def snapshot(run: Trainer) -> None:

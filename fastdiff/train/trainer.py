@@ -15,9 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ImageSet, drop_labels
-from ..losses import DiffusionLoss, DistillationLoss, LossAwareTimesteps, UniformTimesteps
-from ..models import UNet
+from ..losses import (
+    ClassifierLoss,
+    DiffusionLoss,
+    DistillationLoss,
+    LossAwareTimesteps,
+    UniformTimesteps,
+)
 from ..models.distilled import Distilled
+from ..models.encoder import EncoderUNet
+from ..models.network import Network
 from ..schedule import NoiseSchedule
 from ..store import Store
 from .config import TrainConfig
@@ -32,7 +39,9 @@ from .state import collect, restore
 
 
 class Trainer:
-    """Trains a U-Net; `fit()` runs to the end, `fit(resume=True)` continues a stopped run.
+    """Trains a U-Net, or a classifier of noisy images.
+
+    `fit()` runs to the end, `fit(resume=True)` continues a stopped run.
 
     The run's folder gets its last states (weights, averages, optimizer, step), `metrics.jsonl` (a
     line every ten steps), pictures, and, when it stops, a checkpoint of the averaged weights that
@@ -44,12 +53,14 @@ class Trainer:
     dropout's masks, which depend on how a batch is cut.
 
     Args:
-        model: the network, on the device to train on; trained in place.
+        model: the network, on the device to train on; trained in place. An `EncoderUNet` learns
+            the labels of noisy images.
         schedule: noise schedule; t runs over its whole length.
         data: the images, and labels if the model has classes.
         config: how to train.
         out: the run's folder.
-        loss: what to minimise, in place of the `DiffusionLoss` that config says: an object with
+        loss: what to minimise, in place of the `DiffusionLoss` that config says, or of a
+            classifier's `ClassifierLoss`: an object with
             its `weights`, as many as there are timesteps to draw, and its `with_sums`.
         distilled: what the saved models are students of; see `fastdiff.distill`.
 
@@ -61,13 +72,13 @@ class Trainer:
 
     def __init__(
         self,
-        model: UNet,
+        model: Network,
         schedule: NoiseSchedule,
         data: ImageSet,
         config: TrainConfig,
         out: str | Path = "runs/model",
         *,
-        loss: DiffusionLoss | DistillationLoss | None = None,
+        loss: DiffusionLoss | DistillationLoss | ClassifierLoss | None = None,
         distilled: Distilled | None = None,
     ) -> None:
         _check_data(model, data)
@@ -94,9 +105,7 @@ class Trainer:
         model.class_names, model.distilled = data.class_names, distilled
         model.recompute = config.recompute
         model.compile_blocks() if config.compile else model.fuse_blocks()
-        self.loss = loss or DiffusionLoss(
-            schedule, config.prediction, config.weighting, model.config.learned_variance
-        )
+        self.loss = loss or _objective(model, schedule, config)
         levels = len(self.loss.weights)
         draws = {"uniform": UniformTimesteps, "loss_aware": LossAwareTimesteps}[config.timesteps]
         self.timesteps = draws(levels)
@@ -115,11 +124,11 @@ class Trainer:
         self.watch = Watch(self.device)
 
     @property
-    def ema(self) -> UNet:
+    def ema(self) -> Network:
         """The network with the averaged weights of the first decay; shares their memory."""
         return averaged(self, f"ema.{self.config.decays[0]}")
 
-    def fit(self, resume: bool = False, progress: bool = True) -> UNet:
+    def fit(self, resume: bool = False, progress: bool = True) -> Network:
         """Train to `config.steps` and return the averaged model; Ctrl-C or SIGTERM stops sooner.
 
         Args:
@@ -232,7 +241,7 @@ class Trainer:
                 channels_last=config.channels_last,
             )
             x0, cond = self._sent(images), None
-            if self.model.config.num_classes is not None and labels is not None:
+            if self.model.labels is not None and labels is not None:
                 cond = drop_labels(labels, config.label_dropout, config.seed, step, first)
                 cond = self._sent(cond)
             t, weight = self.timesteps.draw(size, config.seed, step, first, self.device)
@@ -322,14 +331,28 @@ class Trainer:
             self.store.save(self.step, tensors, record, self.metrics.loss)
 
 
-def _check_data(model: UNet, data: ImageSet) -> None:
+def _objective(
+    model: Network, schedule: NoiseSchedule, config: TrainConfig
+) -> DiffusionLoss | ClassifierLoss:
+    """What a network of its kind minimises."""
+    if not isinstance(model, EncoderUNet):
+        learned = model.config.learned_variance
+        return DiffusionLoss(schedule, config.prediction, config.weighting, learned)
+    if config.label_dropout:
+        raise ValueError(
+            f"label_dropout={config.label_dropout}: a classifier learns from every label; give 0"
+        )
+    return ClassifierLoss(schedule)
+
+
+def _check_data(model: Network, data: ImageSet) -> None:
     config, shape = model.config, data.shape
     if shape != (wanted := (config.in_channels, config.image_size, config.image_size)):
         raise ValueError(
             f"data with images {shape}: the model takes {wanted}; pad or choose another"
         )
-    if config.num_classes is not None:
+    if model.labels is not None:
         if data.labels is None:
-            raise ValueError(f"data without labels: the model has {config.num_classes} classes")
-        if (high := int(data.labels.max())) >= config.num_classes:
-            raise ValueError(f"data with label {high}: the model has {config.num_classes} classes")
+            raise ValueError(f"data without labels: the model has {model.labels} classes")
+        if (high := int(data.labels.max())) >= model.labels:
+            raise ValueError(f"data with label {high}: the model has {model.labels} classes")
