@@ -19,7 +19,11 @@ from fastdiff.files import make_folder, write_bytes
 
 DOCS = Path(__file__).parents[2] / "docs"
 RUNS = Path(__file__).parents[2] / "runs" / "claims"  # networks that a script trains
-CLAIMS: tuple[str, ...] = ("guidance",)  # modules of this folder, in the page's order
+CLAIMS: tuple[str, ...] = (
+    "guidance",
+    "strided",
+    "consistency",
+)  # modules of this folder, in the page's order
 
 Point = dict[str, Any]
 
