@@ -1,0 +1,88 @@
+"""The scripts that put the literature's claims to the test: their frame, and their page."""
+
+import importlib
+import json
+
+import benches  # noqa: F401, which sets the path
+import pytest
+import torch
+
+from bench.claims import claim, consistency, quality
+from bench.claims.claim import CLAIMS, DOCS, Claim, Points, document
+
+FACTS = {"images": 3, "seeds": 1}
+
+
+def test_points_are_measured_once_and_kept(tmp_path):
+    path, calls = tmp_path / "results" / "x.json", []
+
+    def measured():
+        calls.append(1)
+        return {"fd": 0.25}
+
+    first = Points(path, FACTS).measure("a", measured)
+    again = Points(path, FACTS).measure("a", measured)
+    assert first == again and first["fd"] == 0.25 and first["seconds"] >= 0 and calls == [1]
+    with pytest.raises(SystemExit, match="holds points of"):
+        Points(path, {**FACTS, "images": 4})
+
+
+def test_a_stopped_script_goes_on(tmp_path, monkeypatch, capsys):
+    done, broken = [], [True]
+
+    def measure(points, images, seeds):
+        for k in range(3):
+            if k == 2 and broken.pop() is True:
+                broken.append(False)
+                raise KeyboardInterrupt
+            points.measure(str(k), lambda k=k: done.append(k) or {"value": k})
+
+    made = Claim("x", "A title", "What it says.", measure, lambda points: [f"{len(points)} points"])
+    monkeypatch.setattr(claim, "CLAIMS", ())
+    with pytest.raises(KeyboardInterrupt):
+        made.main(["--images", "3", "--out", str(tmp_path)])
+    assert made.main(["--images", "3", "--out", str(tmp_path)]) == 0 and done == [0, 1, 2]
+    page = made.section(tmp_path)
+    assert page[1] == "## A title" and "3 points" in page and "3 images a set" in "".join(page)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_is_what_its_page_says(name):
+    made = importlib.import_module(f"bench.claims.{name}").CLAIM
+    assert made.name == name
+    if (DOCS / "results" / f"{name}.json").is_file():
+        page = (DOCS / "results.md").read_text()
+        assert "\n".join(made.section(DOCS)[:-1]) in page  # the last line may name a picture
+        assert made.draw is None or (DOCS / "results" / f"{name}.png").is_file()
+
+
+def test_the_page_is_the_claims(tmp_path):
+    (tmp_path / "results").mkdir()
+    for name in CLAIMS:
+        if (path := DOCS / "results" / f"{name}.json").is_file():
+            (tmp_path / "results" / path.name).write_text(path.read_text())
+    document(tmp_path)
+    assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
+
+
+def test_a_claim_measured_for_real(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(consistency, "STEPS", (5, 20))
+    monkeypatch.setattr(consistency, "PUBLISHED", (0.1, 0.01))
+    monkeypatch.setattr(consistency, "SHOWN", 3)
+    monkeypatch.setattr(claim, "CLAIMS", ())
+    how = ["--images", "6", "--out", str(tmp_path)]
+    assert consistency.CLAIM.main(how) == 0
+    points = json.loads((tmp_path / "results" / "consistency.json").read_text())["points"]
+    few, many = points["5 steps"]["error"], points["20 steps"]["error"]
+    assert 0 < many < few < 0.1
+    assert (tmp_path / "results" / "consistency.png").stat().st_size > 1000
+
+
+def test_quality_knows_real_images_from_noise():
+    judge = quality.quality(100)
+    noise = torch.randint(256, (100, 1, 32, 32), dtype=torch.uint8)
+    assert judge.of(noise)["fd"] > 10
+    real = quality.fashion_mnist(split="test", pad=2)
+    order = quality.balanced(real.labels)[:100]
+    good = judge.over([0, 1], lambda seed, labels, count: real.images[order])
+    assert good["fd"] < 2 and good["accuracy"] > 0.8 and good["fd_sd"] == 0
