@@ -13,6 +13,8 @@ COMMANDS = {
     "train": "train a model from a recipe",
     "distill": "distil a model into students that take few steps",
     "evaluate": "measure how good a model's images are, beside real ones",
+    "verify": "check a folder of samples: every shard, whole and of one set",
+    "export": "write the samples of a folder as PNG files",
     "doctor": "say what runs here, what is missing and what that costs",
 }
 

@@ -63,7 +63,7 @@ class Table:
     e: Column = 0.0
 
     def __post_init__(self) -> None:
-        columns = {name: np.asarray(getattr(self, name), np.float64) for name in _ARRAYS}
+        columns = {name: np.asarray(getattr(self, name), np.float64) for name in ARRAYS}
         rows = max(array.size for array in columns.values())
         for name, array in columns.items():
             if array.ndim > 1 or (array.ndim == 1 and array.size != rows) or rows == 0:
@@ -147,7 +147,7 @@ class Table:
         """JSON types only; infinity is null. `from_json` gives back an equal table."""
         columns = {
             name: [None if value == np.inf else value for value in getattr(self, name).tolist()]
-            for name in _ARRAYS
+            for name in ARRAYS
         }
         return {"name": self.name, "init": self.init, "columns": columns}
 
@@ -157,9 +157,9 @@ class Table:
         if not isinstance(data, Mapping) or set(data) != {"name", "init", "columns"}:
             raise ValueError("table: must be an object with exactly name, init and columns")
         columns = data["columns"]
-        if not isinstance(columns, Mapping) or set(columns) != set(_ARRAYS):
-            odd = sorted(set(columns) ^ set(_ARRAYS))
-            raise ValueError(f"columns: {odd} unknown or missing; must be exactly {list(_ARRAYS)}")
+        if not isinstance(columns, Mapping) or set(columns) != set(ARRAYS):
+            odd = sorted(set(columns) ^ set(ARRAYS))
+            raise ValueError(f"columns: {odd} unknown or missing; must be exactly {list(ARRAYS)}")
         for name, values in columns.items():
             if not isinstance(values, list) or any(not _storable(v) for v in values):
                 raise ValueError(f"{name}: must be a list of numbers, with null for infinity")
@@ -178,7 +178,7 @@ class Table:
         if not isinstance(other, Table):
             return NotImplemented
         return (self.name, self.init) == (other.name, other.init) and all(
-            np.array_equal(getattr(self, name), getattr(other, name)) for name in _ARRAYS
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in ARRAYS
         )
 
     def __hash__(self) -> int:
@@ -187,7 +187,7 @@ class Table:
     def __repr__(self) -> str:
         """Name, size and the columns that are not at their default; long tables are cut."""
         shown = [
-            n for n in _ARRAYS if n not in _DEFAULTS or np.any(getattr(self, n) != _DEFAULTS[n])
+            n for n in ARRAYS if n not in _DEFAULTS or np.any(getattr(self, n) != _DEFAULTS[n])
         ]
         rows = (
             range(len(self))
@@ -214,5 +214,5 @@ def _storable(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-_ARRAYS = ("sigma", *COLUMNS)
+ARRAYS = ("sigma", *COLUMNS)
 _DEFAULTS = {name: getattr(Table, name) for name in COLUMNS if hasattr(Table, name)}

@@ -2,21 +2,33 @@
 
 The ending of --out says what is written: .png a grid, .npz the uint8 images [N, H, W, C] and
 their labels, and with --trajectory a .gif, .png or .webp of the predicted images, step by step.
+Without an ending it is a folder of shards, for large sets: whatever stops the command, the same one
+goes on, and any number of processes may share it, each with the same images:
+
+    torchrun --nproc-per-node 2 -m fastdiff sample -n 1000000 --out DIR
+
+(on several machines with torchrun's rendezvous, and a folder that all see). `fastdiff verify`
+checks it, `fastdiff.data.ShardedImages` reads it, `fastdiff export` makes PNGs of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
 
 from .. import images
 from ..data.npz import npz_writer
+from ..data.shards import Shards
 from ..draw import draw_batches
+from ..job import checksum, fill
 from ..models import UNet
+from ..train.distributed import World, processes, several
 from . import sampling
 
 PICTURES = (".png", ".gif", ".webp")
@@ -29,24 +41,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight w (default 0: plain conditional; of a student its own)")  # fmt: skip
     add("--class", dest="classes", action="append", metavar="C",
         help="a class by name or number; may be repeated (default: all in turn)")  # fmt: skip
-    add("--num", type=int, help="images (default: ten a class, 100 without classes)")
+    # -n: torchrun takes --num for an abbreviation of its own --numa-binding
+    add("-n", "--num", type=int, help="images (default: ten a class, 100 without classes)")
     add("--batch", type=int, default=100, help="images at a time (default 100)")
     add("--out", type=Path, default=Path("samples.png"))
+    add("--per-shard", type=int, default=1000, help="images of a shard of a folder (default 1000)")
     add("--scale", type=int, default=2, help="screen pixels a pixel in pictures (default 2)")
     add("--trajectory", action="store_true", help="animate the predicted images")
 
 
 def run(args: argparse.Namespace) -> int:
-    wanted = PICTURES if args.trajectory else (".png", ".npz")
+    wanted = PICTURES if args.trajectory else (".png", ".npz", "")
     if args.out.suffix not in wanted:
-        raise ValueError(f"--out={args.out}: must end in {' or '.join(wanted)}")
+        endings = " or ".join(filter(None, wanted))
+        more = "" if args.trajectory else ", or be a folder's name, without an ending"
+        raise ValueError(f"--out={args.out}: must end in {endings}{more}")
+    if args.out.suffix and several():
+        raise ValueError(
+            f"--out={args.out}: several processes fill a folder of shards; give a name without "
+            "an ending"
+        )
     if not args.out.parent.is_dir():
         raise ValueError(f"--out={args.out}: the folder {args.out.parent} does not exist; make it")
-    for name in ("num", "batch", "scale"):
+    for name in ("num", "batch", "scale", "per_shard"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name}={value}: must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least 1")
+    if not args.out.suffix:
+        return _fill(args)
     model = sampling.model_of(args)
-    labels = _labels(args, model)
+    chosen, num = _classes(args, model)
+    labels = torch.tensor(chosen or [0]).repeat(-(-num // len(chosen or [0])))[:num]
     sampler = sampling.sampler_of(args, model)
     network, guidance = sampling.network_at(args, model, args.guidance)
     start, config = time.perf_counter(), model.config
@@ -79,13 +103,47 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _labels(args: argparse.Namespace, model: UNet) -> torch.Tensor:
-    """One label an image, the chosen classes in turn; zeros for a model without classes."""
+def _fill(args: argparse.Namespace) -> int:
+    """A folder of shards, by this process or its part of several."""
+    with processes(args.device) as device:
+        args.device = str(device)
+        model = sampling.model_of(args)
+        chosen, num = _classes(args, model)
+        sampler = sampling.sampler_of(args, model)
+        network, guidance = sampling.network_at(args, model, args.guidance)
+        config, start = model.config, time.perf_counter()
+        made_of = {
+            "model": args.model,
+            "weights": checksum(model),
+            "table": zlib.crc32(json.dumps(sampler.table.to_json()).encode()),
+            "guidance": guidance,
+            "classes": chosen,
+            "seed": args.seed,
+            "engine": args.engine,
+            "batch": args.batch,
+        }
+        shape = config.in_channels, config.image_size, config.image_size
+        shards = Shards(args.out, num, shape, args.per_shard, made_of)
+        drawn = fill(
+            shards, network, sampler, chosen, guidance, args.seed, args.batch, device,
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
+        if World().rank == 0:
+            seconds = time.perf_counter() - start
+            print(
+                f"{num} images of {args.model}, {drawn} of them drawn now in {seconds:.1f} s "
+                f"({drawn / seconds:.1f} images/s): {args.out}, {len(shards)} shards"
+            )
+    return 0
+
+
+def _classes(args: argparse.Namespace, model: UNet) -> tuple[list[int] | None, int]:
+    """The classes that images have in turn, None for a model without; and how many images."""
     classes = model.config.num_classes
     if classes is None:
         if args.classes or args.guidance:
             raise ValueError(f"--class, --guidance: {args.model} has no classes; leave them out")
-        return torch.zeros(args.num or 100, dtype=torch.int64)
+        return None, args.num or 100
     names = {name.lower(): k for k, name in enumerate(model.class_names)}
     chosen = [
         names.get(c.lower(), int(c) if c.isdigit() else -1)
@@ -94,8 +152,7 @@ def _labels(args: argparse.Namespace, model: UNet) -> torch.Tensor:
     if not all(0 <= c < classes for c in chosen):
         takes = ", ".join(model.class_names) or "names"
         raise ValueError(f"--class={args.classes}: must be 0 to {classes - 1} or one of {takes}")
-    num = args.num or 10 * len(chosen)
-    return torch.tensor(chosen).repeat(num // len(chosen) + 1)[:num]
+    return chosen, args.num or 10 * len(chosen)
 
 
 def _draw(

@@ -8,6 +8,7 @@ from .idx import FASHION_CLASSES, fashion_mnist, idx_images, read_idx
 from .image_set import ImageSet
 from .npz import npz_images
 from .order import drop_labels
+from .shards import ShardedImages, export_png
 
 # by the name that a recipe's "data" gives; its other entries are arguments
 READERS: dict[str, Callable[..., ImageSet]] = {
@@ -21,7 +22,9 @@ __all__ = [
     "FASHION_CLASSES",
     "READERS",
     "ImageSet",
+    "ShardedImages",
     "drop_labels",
+    "export_png",
     "fashion_mnist",
     "folder_images",
     "from_dataset",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -17,10 +19,16 @@ from ..models.blocks import Block
 # how long the others wait for one that draws or saves, or that hangs; one that dies is noticed
 # at once
 TIMEOUT = timedelta(minutes=30)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class LostWorker(RuntimeError):
     """A step failed in one of several processes."""
+
+
+def several() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextmanager
@@ -30,9 +38,10 @@ def processes(device: str) -> Iterator[torch.device]:
     Args:
         device: "cpu" or "cuda"; with torchrun, each process takes the GPU of its local rank.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not several():
         yield torch.device(device)
         return
+    _end_with_launcher()
     own = torch.device(device)
     if own.type == "cuda":
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -40,6 +49,12 @@ def processes(device: str) -> Iterator[torch.device]:
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=TIMEOUT)
     yield own
     dist.destroy_process_group()  # not after an error: it might wait for a process that died
+
+
+def _end_with_launcher() -> None:
+    """Have this process asked to stop when torchrun dies, however it does: on Linux."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class World:
