@@ -50,7 +50,7 @@ packages = ["fastdiff.kernels", *(".".join(f.parent.parts) for f in Path("fastdi
 setup(
     packages=sorted(set(packages)),
     package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
-    package_data={"fastdiff": ["assets/**"]},
+    package_data={"fastdiff": ["assets/**", "py.typed"]},
     include_package_data=False,
     ext_modules=extensions,
     cmdclass={"build_ext": NinjaBuild},

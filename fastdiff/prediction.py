@@ -14,7 +14,7 @@ Array = NDArray[np.float64]
 SIGMA_DATA = 0.5  # EDM's standard deviation of the data
 
 
-def _edm(alpha: Array, sigma: Array) -> tuple:
+def _edm(alpha: Array, sigma: Array) -> tuple[Array, ...]:
     s, d = sigma / alpha, SIGMA_DATA
     skip, out = d**2 / (s**2 + d**2), s * d / np.sqrt(s**2 + d**2)
     return skip / alpha, out, (1 - skip) / out, -skip * s / out
@@ -22,7 +22,7 @@ def _edm(alpha: Array, sigma: Array) -> tuple:
 
 # What a network may be asked to predict, as (px, pm, tx, tz): the predicted data is
 # x0 = px x_t + pm m for an output m, and the training target is tx x0 + tz z.
-PREDICTIONS: dict[str, Callable[[Array, Array], tuple]] = {
+PREDICTIONS: dict[str, Callable[[Array, Array], tuple[ArrayLike, ...]]] = {
     "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha, 0.0, 1.0),
     "x0": lambda alpha, sigma: (0.0, 1.0, 1.0, 0.0),
     # Salimans & Ho 2022, v = alpha z - sigma x0; the divisor is 1 when variance is preserved.

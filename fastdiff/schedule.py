@@ -114,7 +114,7 @@ class NoiseSchedule:
         return cls._from_betas(betas, {"name": "from_betas", "betas": betas.tolist()})
 
     @classmethod
-    def _from_betas(cls, betas: NDArray[Any], recipe: dict) -> NoiseSchedule:
+    def _from_betas(cls, betas: NDArray[Any], recipe: dict[str, Any]) -> NoiseSchedule:
         bad = ~((betas > 0) & (betas <= 1))
         if bad.any():
             t = int(bad.argmax())
@@ -129,7 +129,7 @@ class NoiseSchedule:
         return cls._from_alphabar(abar, recipe)
 
     @classmethod
-    def _from_alphabar(cls, abar: NDArray[Any], recipe: dict) -> NoiseSchedule:
+    def _from_alphabar(cls, abar: NDArray[Any], recipe: dict[str, Any]) -> NoiseSchedule:
         bad = ~((abar >= 0) & (abar < 1))
         if bad.any():
             t = int(bad.argmax())

@@ -191,7 +191,7 @@ class Shards:
         write_bytes(self.folder / MANIFEST, text.encode())
 
 
-class ShardedImages(IterableDataset):
+class ShardedImages(IterableDataset[tuple[Tensor, int]]):
     """The images of a folder of shards, one by one: (uint8 [C, H, W], label), in order.
 
     Processes of torch.distributed, and a DataLoader's workers in each, take every so-many-th shard.

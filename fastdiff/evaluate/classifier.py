@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checkpoint import ASSETS, fit_state, read_tensors, write_bytes, write_tensors
+from ..checkpoint import ASSETS, fit_state
+from ..files import read_tensors, write_bytes, write_tensors
 from ..models.classifier import Classifier, ClassifierConfig
 
 SHIPPED = ASSETS / "fashion-mnist-classifier"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import write_bytes
+from ..files import write_bytes
 from ..images import grid
 from ..losses import BitsPerDim
 from .judge import Row

@@ -218,7 +218,7 @@ def _state(
     return torch.load(path, map_location="cpu", weights_only=True), path
 
 
-def _numbers(text: str, kind: type) -> tuple:
+def _numbers(text: str, kind: type) -> tuple[Any, ...]:
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:

@@ -45,7 +45,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, No
 
 
 def _cases() -> list[Case]:
-    def case(name: str, *size: int, dtype: Any = torch.float32, large: bool = False, **how: Any):
+    def case(
+        name: str, *size: int, dtype: Any = torch.float32, large: bool = False, **how: Any
+    ) -> Case:
         def inputs(device: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
             generator = torch.Generator().manual_seed(0)
             both = torch.randn(2 * size[0], *size[1:], generator=generator).to(device, dtype)
