@@ -1,8 +1,9 @@
 """Builds the kernels with ninja: what each file is compiled with stands here.
 
 setup.py uses it for the extension modules; `python csrc/ninja_build.py FOLDER` builds and runs the
-plain C++ tests in FOLDER, with the address and undefined-behaviour sanitizers. Needs no torch. The
-CUDA kernels are compiled twice: by nvcc, and for the emulator of csrc/tests by the C++ compiler.
+plain C++ tests in FOLDER, with the address and undefined-behaviour sanitizers, or with that of
+threads (`FOLDER thread`). Needs no torch. The CUDA kernels are compiled twice: by nvcc, and for the
+emulator of csrc/tests by the C++ compiler.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     }
 _EMULATOR = shlex.quote(str(CSRC / "tests" / "emulator"))
 EMULATED = f"-x c++ -DFD_EMULATED -I{_EMULATOR} -Wno-unknown-pragmas"
+
+SANITIZERS = {
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "thread": "-fsanitize=thread",
+}
 
 
 def compiler() -> str | None:
@@ -94,11 +100,17 @@ def _run_ninja(folder: Path, flags: str, edges: list[Edge]) -> None:
 
 
 def extension(
-    name: str, output: Path, folder: Path, includes: list[str], emulated: bool = False
+    name: str,
+    output: Path,
+    folder: Path,
+    includes: list[str],
+    emulated: bool = False,
+    sanitized: bool = False,
 ) -> None:
     """Build the extension module `name`, _C or _cuda, as the file `output`; objects in `folder`.
 
-    `emulated` builds _cuda for the emulator, which runs it on the CPU.
+    `emulated` builds _cuda for the emulator, which runs it on the CPU; `sanitized` with the address
+    and undefined-behaviour sanitizers, whose runtime the process must have loaded first.
     """
     include = " ".join(f"-I{shlex.quote(i)}" for i in includes).replace("$", "$$")
     undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
@@ -116,22 +128,28 @@ def extension(
     objects = " ".join(out for _, out, _, _ in edges)
     output.parent.mkdir(parents=True, exist_ok=True)
     edges.append((link[0], _path(output.resolve()), objects, link[1]))
-    _run_ninja(folder, "-O1" if emulated else "-O3 -DNDEBUG", edges)
+    flags = "-O1" if emulated else "-O3 -DNDEBUG"
+    _run_ninja(folder, f"-O1 -g1 {SANITIZERS['address']}" if sanitized else flags, edges)
 
 
-def test(folder: Path) -> int:
-    """Build and run the C++ tests under the sanitizers; warnings are errors. The exit status."""
+def test(folder: Path, sanitizer: str = "address") -> int:
+    """Build and run the C++ tests under a sanitizer; warnings are errors. The exit status."""
     tests = sorted((CSRC / "tests").glob("*.cpp"))
     edges = [*_kernels(), *_emulated(CSRC / "tests" / "emulator" / "barrier.cu")]
     edges += [("cxx", f"test_{s.stem}.o", _path(s), "") for s in tests]
+    link, flags = "-fopenmp", SANITIZERS[sanitizer]
+    if sanitizer == "thread":
+        # OpenMP's runtime is not instrumented: threads of the standard library in its place
+        threads = CSRC / "tests" / "emulator" / "threads.cc"
+        edges.append(("cxx", "threads.o", _path(threads), ""))
+        link, flags = "-pthread", f"{flags} -DFD_LARGE=1"
     objects = " ".join(out for _, out, _, _ in edges)
-    edges.append(("link", "tests", objects, "-fopenmp"))
-    sanitize = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    edges.append(("link", "tests", objects, link))
     # gcc 12 warns of its own AVX-512 headers (bug 105593)
     warn = "-Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized"
-    _run_ninja(folder, f"-O1 -g1 {warn} {sanitize}", edges)
+    _run_ninja(folder, f"-O1 -g1 {warn} {flags}", edges)
     return subprocess.run([str(folder.resolve() / "tests")]).returncode
 
 
 if __name__ == "__main__":
-    raise SystemExit(test(Path(sys.argv[1])))
+    raise SystemExit(test(Path(sys.argv[1]), *sys.argv[2:]))

@@ -53,8 +53,8 @@ def there_and_back(steps: int, images: int) -> Point:
     assert data.labels is not None
     errors = []
     for first in range(0, images, BATCH):
-        x = data.images[first : first + BATCH].float() / 127.5 - 1
-        cond = data.labels[first : first + BATCH]
+        chosen = torch.arange(first, min(first + BATCH, images))
+        x, cond = data.load(chosen), data.labels[chosen]
         x_T = sampler(steps).invert(network(), x, cond)
         back = sampler(steps).sample(network(), x.shape, x_T=x_T, cond=cond)
         errors += (back - x).square().mean((1, 2, 3)).div(4).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.claims.claim import RUNS, Claim, Point, Points, plus_minus
 from bench.claims.quality import quality
-from fastdiff import DDIMSampler, DDPMSampler, TrainConfig, Trainer, UNetConfig, load, optimize
+from fastdiff import DDIMSampler, DDPMSampler, TrainConfig, Trainer, load, optimize
 from fastdiff.data import fashion_mnist
 from fastdiff.guidance import ClassifierGuidance, load_classifier
 from fastdiff.images import to_uint8
@@ -62,7 +62,7 @@ def noisy_classifier() -> EncoderUNet:
     model = load("fashion-mnist")
     folder = RUNS / "classifier"
     if not (folder / "config.json").is_file():
-        shape = UNetConfig(**{**model.config.to_json(), "num_classes": None})
+        shape = replace(model.config, num_classes=None)
         config = TrainConfig(
             steps=2500, batch_size=128, lr=1e-3, warmup=100, decay="linear", weight_decay=0.05,
             ema=0.99, label_dropout=0.0, bf16=True, save_every=500,

@@ -84,7 +84,7 @@ def drawn(
 def judged() -> tuple[Tensor, Tensor]:
     data = fashion_mnist(split="test", pad=2)
     assert data.labels is not None
-    return data.images[:JUDGED].float() / 127.5 - 1, data.labels[:JUDGED]
+    return data.load(torch.arange(JUDGED)), data.labels[:JUDGED]
 
 
 def bits(schedule: str, variance: str) -> Point:
@@ -133,7 +133,7 @@ def noise_of_gradients(objective: str) -> Point:
     rehearsals = 320 if aware else 0  # until every timestep has its ten losses
     for step in range(rehearsals + BATCHES):
         chosen = order[step * BATCH : (step + 1) * BATCH]
-        x0, cond = data.images[chosen].float() / 127.5 - 1, data.labels[chosen]
+        x0, cond = data.load(chosen), data.labels[chosen]
         t, weight = timesteps.draw(BATCH, seed=1, row=step)
         with torch.set_grad_enabled(step >= rehearsals):
             losses, _ = plain.with_sums(network, x0, t, cond, seed=1, row=step)

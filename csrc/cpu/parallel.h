@@ -18,7 +18,10 @@ __attribute__((weak)) int omp_get_max_threads();
 namespace fd {
 namespace {
 
-constexpr int64_t kLarge = 32768;  // elements from which more than one thread is worth its start
+#ifndef FD_LARGE
+#define FD_LARGE 32768
+#endif
+constexpr int64_t kLarge = FD_LARGE;  // elements from which more than one thread is worth its start
 
 inline bool has_threads() { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
 
