@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: sample test bench gpu-check lint aot clean
+.PHONY: sample test bench gpu-check lint aot sanitize clean
 
 sample: .venv/ready
 	$(BIN)/fastdiff sample --model fashion-mnist --steps 50 --guidance 1 --seed 0 --out samples.png
@@ -18,6 +18,12 @@ gpu-check: .venv/ready
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# the C++ tests and every case of every record under the sanitizers
+sanitize: .venv/ready
+	$(BIN)/python csrc/ninja_build.py build/sanitize/address address
+	$(BIN)/python csrc/ninja_build.py build/sanitize/thread thread
+	$(BIN)/python tests/sanitized.py build/sanitize/records
 
 aot: .venv/ready
 	$(BIN)/python -m fastdiff.aot --cuda --out docs/gpu_static.md
