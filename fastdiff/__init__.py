@@ -5,6 +5,7 @@ import torch as torch  # first: its OpenMP runtime is the one our kernels share
 from . import ops
 from .checkpoint import load, save
 from .distillation import DistillConfig, distill
+from .edit import image_to_image, inpaint
 from .engine import optimize
 from .interpolate import interpolate
 from .losses import DiffusionLoss
@@ -40,6 +41,8 @@ __all__ = [
     "UNetConfig",
     "backend",
     "distill",
+    "image_to_image",
+    "inpaint",
     "interpolate",
     "load",
     "ops",

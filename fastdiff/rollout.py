@@ -28,16 +28,17 @@ def means(table: Table) -> Table:
 
 
 def placement(model: Model) -> tuple[torch.dtype, torch.device | None]:
-    """The dtype a model computes in and its device: those of its first floating parameter.
+    """The dtype a model takes and its device: those of its first floating parameter.
 
-    A callable without parameters takes float32, on no device in particular.
+    A callable without parameters takes float32, on no device in particular; a model with an
+    `input_dtype` takes that.
     """
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     first = next((p for p in parameters if p.is_floating_point()), None)
     if first is None:
         return torch.float32, None
     errors.has_dtype("model: its parameters", first, errors.MODEL_DTYPES)
-    return first.dtype, first.device
+    return getattr(model, "input_dtype", first.dtype), first.device
 
 
 class Rollout:
@@ -71,9 +72,10 @@ class Rollout:
         self.h = torch.zeros_like(x) if table.history else None
         self.both = None if cond is None or uncond is None else torch.cat([cond, uncond])
         self.copies = 2 if table.guided else int(dtype != x.dtype or bool((table.c_in != 1).any()))
+        self.c_in = table.c_in.tolist()
         self.input = x
         if self.copies:
-            self.input = torch.cat([(float(table.c_in[0]) * x).to(dtype)] * self.copies)
+            self.input = torch.cat([(self.c_in[0] * x).to(dtype)] * self.copies)
         self.t = timesteps(table, len(self.input), x.device)
         self.columns = table.tensor(x.device)
         self.previews = previews(table).tensor(x.device) if preview else None
@@ -117,6 +119,12 @@ class Rollout:
             x, m, self.columns, row, m_u, v, g, self.h, None, self.streams, self.copies,
             x_next=x, h_next=self.h, model_input=self.input if self.copies else None,
         )  # fmt: skip
+
+    def put(self, x: Tensor, i: int) -> None:
+        """Replace the state that row i starts from."""
+        self.x.copy_(x)
+        if self.copies:
+            self.input.copy_(torch.cat([self.c_in[i] * x] * self.copies))
 
     def prepare(self, model: Model) -> None:
         """Tell an optimized model (`fastdiff.optimize`) which calls will come."""

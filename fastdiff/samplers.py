@@ -200,7 +200,7 @@ def _shown(table: Table, device: torch.device) -> Iterator[int]:
                 behind.popleft().synchronize()
 
 
-class _Scheduled(Sampler):
+class ScheduledSampler(Sampler):
     """A sampler whose table a builder of `tables` makes from a schedule and its timesteps."""
 
     solver: ClassVar[str]
@@ -222,6 +222,14 @@ class _Scheduled(Sampler):
         timesteps, options = presets.like(peer, cls.solver, schedule, steps, **options)
         return cls.__new__(cls)._build(schedule, timesteps, **options)
 
+    def tail(self, count: int) -> Self:
+        """This sampler, of its last `count` timesteps alone: for data that is noisy already."""
+        options = dict(self.options)
+        if options.get("next_timesteps") is not None:
+            options["next_timesteps"] = options["next_timesteps"][-count:]
+        made = self.__class__.__new__(self.__class__)
+        return made._build(self.schedule, self.timesteps[-count:], **options)
+
 
 def _timesteps(
     schedule: NoiseSchedule, steps: int | None, spacing: Spacing, offset: int, usual: int
@@ -232,7 +240,7 @@ def _timesteps(
     return schedule.timesteps(steps, spacing, offset)
 
 
-class DDIMSampler(_Scheduled):
+class DDIMSampler(ScheduledSampler):
     """Denoising diffusion implicit models (Song et al. 2021): few steps, or exact inversion.
 
     eta: 0 is deterministic, 1 as noisy as DDPM. steps: 50 where the spacing implies no number.
@@ -287,7 +295,7 @@ class DDIMSampler(_Scheduled):
         return rollout.x / self.table.init
 
 
-class DDPMSampler(_Scheduled):
+class DDPMSampler(ScheduledSampler):
     """Ancestral sampling (Ho et al. 2020), on any timesteps (Nichol & Dhariwal 2021).
 
     variance: "small" (beta~), "large" (beta) or "learned_range" (the model's extra channels).
@@ -315,7 +323,7 @@ class DDPMSampler(_Scheduled):
         )  # fmt: skip
 
 
-class DPMSolverSampler(_Scheduled):
+class DPMSolverSampler(ScheduledSampler):
     """DPM-Solver++ 2M (Lu et al. 2022): second order at one evaluation a step.
 
     eta: 0 is the ODE, 1 the SDE variant. steps: 20 where the spacing implies no number. Others as
@@ -339,7 +347,7 @@ class DPMSolverSampler(_Scheduled):
         self._build(schedule, timesteps, eta=eta, prediction=prediction, clip=clip)
 
 
-class HeunSampler(_Scheduled):
+class HeunSampler(ScheduledSampler):
     """Heun's method with churn (Karras et al. 2022, Algorithm 2): two evaluations a step.
 
     S_churn, S_tmin, S_tmax, S_noise: the paper's. steps: 18 where the spacing implies no number.
@@ -369,7 +377,7 @@ class HeunSampler(_Scheduled):
         )  # fmt: skip
 
 
-class LangevinSampler(_Scheduled):
+class LangevinSampler(ScheduledSampler):
     """Annealed Langevin dynamics (Song & Ermon 2019): `inner` rows at each noise level.
 
     step_size: the paper's, at the last level. denoise: end with predicted x0. steps: all of the

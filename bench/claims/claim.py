@@ -19,11 +19,15 @@ from fastdiff.files import make_folder, write_bytes
 
 DOCS = Path(__file__).parents[2] / "docs"
 RUNS = Path(__file__).parents[2] / "runs" / "claims"  # networks that a script trains
+# modules of this folder, in the page's order
 CLAIMS: tuple[str, ...] = (
     "guidance",
     "strided",
     "consistency",
-)  # modules of this folder, in the page's order
+    "iddpm",
+    "adm",
+    "score_networks",
+)
 
 Point = dict[str, Any]
 
@@ -47,12 +51,17 @@ class Points:
             start = time.perf_counter()
             point = measured()
             self.found[name] = {**point, "seconds": round(time.perf_counter() - start, 1)}
-            record = {"facts": self.facts, "machine": machine(Settings()), "points": self.found}
             make_folder(self.path.parent)
-            write_bytes(self.path, (json.dumps(record, indent=1) + "\n").encode())
+            write_bytes(self.path, self._text().encode())
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in point.items()}
             print(f"{name}: {shown}", flush=True)
         return self.found[name]
+
+    def _text(self) -> str:
+        """As JSON, a line a point."""
+        rows = [f"{json.dumps(name)}: {json.dumps(point)}" for name, point in self.found.items()]
+        head = {"facts": self.facts, "machine": machine(Settings())}
+        return json.dumps(head)[:-1] + ', "points": {\n' + ",\n".join(rows) + "\n}}\n"
 
 
 @dataclass(frozen=True)

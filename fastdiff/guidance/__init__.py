@@ -1,6 +1,19 @@
-"""Guidance beyond the table's own (w + 1) m_cond - w m_uncond."""
+"""Guidance beyond one weight: by a classifier, by models that are guided, by weights a row."""
 
 from ..checkpoint import load_encoder as load_classifier
+from .apg import APG
+from .cfg_plus_plus import cfg_plus_plus
 from .classifier import ClassifierGuidance
+from .guided import Guided
+from .rescale import GuidanceRescale
+from .threshold import DynamicThreshold
 
-__all__ = ["ClassifierGuidance", "load_classifier"]
+__all__ = [
+    "APG",
+    "ClassifierGuidance",
+    "DynamicThreshold",
+    "GuidanceRescale",
+    "Guided",
+    "cfg_plus_plus",
+    "load_classifier",
+]

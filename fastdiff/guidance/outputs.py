@@ -1,0 +1,26 @@
+"""A model's output taken apart, and put together again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import errors
+from ..rollout import split
+
+
+def parts(out: Any, x: Tensor, guided: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(m, m_u, v) in float32, as `rollout.split`; m_u is m where not guided, v may be None."""
+    out = getattr(out, "sample", out)
+    errors.is_tensor("model: its output", out)
+    learned = out.dim() > 1 and out.shape[1] == 2 * x.shape[1]
+    m, m_u, v = split(out, x, guided, learned)
+    m = m.float()
+    return m, m if m_u is None else m_u.float(), None if v is None else v.float()
+
+
+def joined(m: Tensor, v: Tensor | None) -> Tensor:
+    """The output again: m, and the extra channels v where there are such."""
+    return m if v is None else torch.cat([m, v], 1)
