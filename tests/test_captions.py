@@ -7,11 +7,8 @@ import torch
 
 from fastdiff.data import fashion_mnist
 from fastdiff.data.captions import (
-    END,
     LENGTH,
     NOUNS,
-    PAD,
-    START,
     WORDS,
     Captions,
     brightness,
@@ -20,6 +17,7 @@ from fastdiff.data.captions import (
     tokenize,
     width,
 )
+from fastdiff.models.text import END, PAD, START
 
 
 def box(high, wide, value, side=32):

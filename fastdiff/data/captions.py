@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import errors
+from ..models.text import END, PAD, START
 
-PAD, START, END = 0, 1, 2  # tokens; the empty caption is START, END and padding
 NOUNS = (
     "t-shirt",
     "trouser",

@@ -14,6 +14,7 @@ from .config import UNetConfig
 from .unet import down_path, middle
 
 POOLS = ("attention", "adaptive")
+UNLIKE = "num_classes", "vocabulary", "guidance_max", "patch_size", "learned_variance"
 
 
 class AttentionPool(nn.Module):
@@ -44,8 +45,8 @@ class EncoderUNet(nn.Module):
         torch.Size([2, 10])
 
     Args:
-        config: of the U-Net whose way down it has; num_classes, guidance_max, patch_size and
-            learned_variance must be at their defaults.
+        config: of the U-Net whose way down it has; num_classes, vocabulary, guidance_max,
+            patch_size and learned_variance must be at their defaults.
         outputs: numbers an image, for a classifier its classes.
         pool: "attention" over the last level's pixels, or "adaptive", their mean.
     """
@@ -54,7 +55,7 @@ class EncoderUNet(nn.Module):
         super().__init__()
         one_of("pool", pool, POOLS)
         default = UNetConfig()
-        for name in ("num_classes", "guidance_max", "patch_size", "learned_variance"):
+        for name in UNLIKE:
             if getattr(config, name) != getattr(default, name):
                 raise ValueError(
                     f"{name}={getattr(config, name)}: must be {getattr(default, name)}; an encoder "

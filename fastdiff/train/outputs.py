@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import save
 from ..images import grid
@@ -35,12 +36,16 @@ def averaged(run: Trainer, name: str) -> UNet:
 
 
 def draw(run: Trainer) -> None:
-    """Draw a grid of samples, a row a class, and the curves so far."""
+    """Draw a grid of samples, a row a class or of the data's first captions, and the curves."""
     model = averaged(run, f"ema.{run.config.decays[0]}")
     if not run.leads:
         return
     config = model.config
-    cond = torch.arange(SAMPLES, device=run.device) // COLUMNS % (config.num_classes or 1)
+    cond: Tensor | None = None
+    if config.num_classes is not None:
+        cond = torch.arange(SAMPLES, device=run.device) // COLUMNS % config.num_classes
+    elif config.vocabulary is not None and run.data.labels is not None:
+        cond = run.data.labels[torch.arange(SAMPLES) % len(run.data)].to(run.device)
     made, prediction = model.distilled, run.config.prediction
     if made is not None:
         sampler = DDIMSampler(run.schedule, spacing=made.timesteps, prediction=prediction)
@@ -51,7 +56,7 @@ def draw(run: Trainer) -> None:
         model,
         (SAMPLES, config.in_channels, config.image_size, config.image_size),
         seed=run.config.seed,
-        cond=cond if config.num_classes else None,
+        cond=cond,
     )
     grid(x, columns=COLUMNS).save(run.out / f"samples-{run.step:06d}.png")
     run.metrics.images(run.step, x)

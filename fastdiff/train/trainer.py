@@ -18,6 +18,7 @@ from ..data import ImageSet, drop_labels
 from ..losses import DiffusionLoss, DistillationLoss, LossAwareTimesteps, UniformTimesteps
 from ..models import UNet
 from ..models.distilled import Distilled
+from ..models.text import check_tokens
 from ..schedule import NoiseSchedule
 from ..store import Store
 from .config import TrainConfig
@@ -46,7 +47,7 @@ class Trainer:
     Args:
         model: the network, on the device to train on; trained in place.
         schedule: noise schedule; t runs over its whole length.
-        data: the images, and labels if the model has classes.
+        data: the images, and labels if the model has classes, captions' tokens if it has those.
         config: how to train.
         out: the run's folder.
         loss: what to minimise, in place of the `DiffusionLoss` that config says: an object with
@@ -232,9 +233,9 @@ class Trainer:
                 channels_last=config.channels_last,
             )
             x0, cond = self._sent(images), None
-            if self.model.config.num_classes is not None and labels is not None:
-                cond = drop_labels(labels, config.label_dropout, config.seed, step, first)
-                cond = self._sent(cond)
+            if self.model.config.conditional and labels is not None:
+                null, rate = self.model.null_cond(labels), config.label_dropout
+                cond = self._sent(drop_labels(labels, rate, config.seed, step, first, null))
             t, weight = self.timesteps.draw(size, config.seed, step, first, self.device)
             last = k == config.accumulate - 1
             with synchronised(self._network, last):
@@ -328,8 +329,14 @@ def _check_data(model: UNet, data: ImageSet) -> None:
         raise ValueError(
             f"data with images {shape}: the model takes {wanted}; pad or choose another"
         )
+    if config.vocabulary is not None:
+        if data.labels is None:
+            raise ValueError("data without labels: the model is told captions; give their tokens")
+        check_tokens("data with labels", data.labels, len(data), config)
     if config.num_classes is not None:
         if data.labels is None:
             raise ValueError(f"data without labels: the model has {config.num_classes} classes")
+        if data.labels.ndim != 1:
+            raise ValueError("data with captions: the model has classes; give a label an image")
         if (high := int(data.labels.max())) >= config.num_classes:
             raise ValueError(f"data with label {high}: the model has {config.num_classes} classes")
