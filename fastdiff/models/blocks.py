@@ -81,6 +81,13 @@ class Block(nn.Module):
         self.compile(fullgraph=True, **options)
 
 
+def fuse(network: nn.Module, fused: bool = True) -> None:
+    """Run a network's blocks and 3x3 convolutions on our ops, or in plain torch, in place."""
+    for module in network.modules():
+        if isinstance(module, Block | Conv3x3):
+            module.fused = fused
+
+
 def norm_silu(norm: Any, x: Tensor, **how: Any) -> Tensor:
     """The norm, AdaGN's scale and shift if given, and SiLU, as one op."""
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **how)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import one_of
-from .blocks import group_norm, timestep_embedding, zeroed
+from .blocks import fuse, group_norm, timestep_embedding, zeroed
 from .config import UNetConfig
 from .unet import down_path, middle
 
 POOLS = ("attention", "adaptive")
-UNLIKE = "num_classes", "vocabulary", "guidance_max", "patch_size", "learned_variance"
+UNLIKE = "num_classes", "vocabulary", "guidance_max", "learned_variance"
 
 
 class AttentionPool(nn.Module):
@@ -45,8 +45,8 @@ class EncoderUNet(nn.Module):
         torch.Size([2, 10])
 
     Args:
-        config: of the U-Net whose way down it has; num_classes, vocabulary, guidance_max,
-            patch_size and learned_variance must be at their defaults.
+        config: of the U-Net whose way down it has; num_classes, vocabulary, guidance_max and
+            learned_variance must be at their defaults.
         outputs: numbers an image, for a classifier its classes.
         pool: "attention" over the last level's pixels, or "adaptive", their mean.
     """
@@ -79,10 +79,17 @@ class EncoderUNet(nn.Module):
             head += [nn.AdaptiveAvgPool2d((1, 1)), last, nn.Flatten()]
         self.out = nn.Sequential(*head)
 
+    def fuse_blocks(self, fused: bool = True) -> EncoderUNet:
+        """Run the blocks on our ops, in place, as `UNet.fuse_blocks`; returns the network."""
+        fuse(self, fused)
+        return self
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Logits [B, outputs] of images [B, C, H, W], noised to timesteps t [B]."""
         waves = timestep_embedding(t, self.config.channels, self.config.time_embedding)
         emb = self.time_embed(waves.to(next(self.parameters()).dtype))
+        if self.config.patch_size > 1:
+            x = F.pixel_unshuffle(x, self.config.patch_size)
         for stage in (*self.input_blocks, self.middle_block):
             x = stage(x, emb)
         return self.out(x)

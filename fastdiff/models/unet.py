@@ -18,13 +18,13 @@ from .blocks import (
     ResBlock,
     Stage,
     Upsample,
+    fuse,
     group_norm,
     norm_silu,
     timestep_embedding,
     zeroed,
 )
 from .config import UNetConfig
-from .conv import Conv3x3
 from .text import TextEncoder, check_tokens, empty_captions
 
 if TYPE_CHECKING:
@@ -148,9 +148,8 @@ class UNet(nn.Module):
         Returns:
             The network itself.
         """
-        for module in self.modules():
-            if isinstance(module, (UNet, Block, Conv3x3)):
-                module.fused = fused
+        fuse(self, fused)
+        self.fused = fused
         return self
 
     def compile_blocks(self, **options: Any) -> UNet:

@@ -1,0 +1,1 @@
+"""Gradients that guide samplers: what `sampler.sample(gradient=...)` takes."""
