@@ -19,7 +19,7 @@ from fastdiff.files import make_folder, write_bytes
 
 DOCS = Path(__file__).parents[2] / "docs"
 RUNS = Path(__file__).parents[2] / "runs" / "claims"  # networks that a script trains
-CLAIMS: tuple[str, ...] = ()  # modules of this folder, in the page's order
+CLAIMS: tuple[str, ...] = ("glide",)  # modules of this folder, in the page's order
 
 Point = dict[str, Any]
 
