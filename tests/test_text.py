@@ -271,8 +271,8 @@ def test_captions_are_dropped_for_the_empty_one_and_drawn(tmp_path, monkeypatch)
     ("data", "model", "message"),
     [
         (dataclasses.replace(DATA, labels=None), TINY, "data without labels: the model is told"),
-        (DATA, dataclasses.replace(TINY, text_length=4), "data with labels of shape (6, 5): must"),
-        (DATA, dataclasses.replace(TINY, vocabulary=8), "data with labels with tokens 0 .. 8"),
+        (DATA, dataclasses.replace(TINY, text_length=4), "the labels of data of shape (6, 5): must"),
+        (DATA, dataclasses.replace(TINY, vocabulary=8), "the labels of data with tokens 0 .. 8"),
         (
             DATA,
             dataclasses.replace(TINY, vocabulary=None, num_classes=9),

@@ -332,7 +332,7 @@ def _check_data(model: UNet, data: ImageSet) -> None:
     if config.vocabulary is not None:
         if data.labels is None:
             raise ValueError("data without labels: the model is told captions; give their tokens")
-        check_tokens("data with labels", data.labels, len(data), config)
+        check_tokens("the labels of data", data.labels, len(data), config)
     if config.num_classes is not None:
         if data.labels is None:
             raise ValueError(f"data without labels: the model has {config.num_classes} classes")
