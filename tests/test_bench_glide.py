@@ -23,7 +23,8 @@ def test_both_guidances_are_measured_once(tmp_path, monkeypatch):
     short = {"steps": 1, "batch_size": 8, "bf16": False}
     monkeypatch.setattr(glide, "TRAIN", dataclasses.replace(glide.TRAIN, **short))
     monkeypatch.setattr(glide, "TRAIN_CLIP", dataclasses.replace(glide.TRAIN_CLIP, **short))
-    for name, value in {"RUNS": tmp_path, "WEIGHTS": (2.0,), "STEPS": 2, "BATCH": 15}.items():
+    weights = dict.fromkeys(glide.WEIGHTS, (2.0,))
+    for name, value in {"RUNS": tmp_path, "WEIGHTS": weights, "STEPS": 2, "BATCH": 15}.items():
         monkeypatch.setattr(glide, name, value)
     words = ["--images", "20", "--out", str(tmp_path)]
     assert glide.CLAIM.main(words) == 0

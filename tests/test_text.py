@@ -271,7 +271,11 @@ def test_captions_are_dropped_for_the_empty_one_and_drawn(tmp_path, monkeypatch)
     ("data", "model", "message"),
     [
         (dataclasses.replace(DATA, labels=None), TINY, "data without labels: the model is told"),
-        (DATA, dataclasses.replace(TINY, text_length=4), "the labels of data of shape (6, 5): must"),
+        (
+            DATA,
+            dataclasses.replace(TINY, text_length=4),
+            "the labels of data of shape (6, 5): must",
+        ),
         (DATA, dataclasses.replace(TINY, vocabulary=8), "the labels of data with tokens 0 .. 8"),
         (
             DATA,

@@ -43,7 +43,7 @@ TRAIN_CLIP = TrainConfig(steps=2000, lr=1e-3, warmup=100, decay="linear")  # of 
 STEPS, BATCH = 32, 250
 FREE, CLIP_GUIDED, NONE, REAL = "classifier-free", "CLIP", "none", "real test images"
 COLOURS = {FREE: "#4c78a8", CLIP_GUIDED: "#e45756"}
-WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)
+WEIGHTS = {FREE: (0.5, 1.0, 2.0, 4.0), CLIP_GUIDED: (1.0, 4.0, 16.0, 64.0)}
 AGREEMENTS = ("accuracy", "brightness", "extent", "all")
 
 
@@ -175,8 +175,8 @@ def measure(points: Points, count: int, seeds: Sequence[int]) -> None:
         return found
 
     points.measure(NONE, lambda: point(NONE, 0.0))
-    for weight in WEIGHTS:
-        for kind in (FREE, CLIP_GUIDED):
+    for kind, weights in WEIGHTS.items():
+        for weight in weights:
             points.measure(f"{kind} {weight:g}", lambda k=kind, w=weight: point(k, w))
 
 
@@ -207,7 +207,6 @@ def table(found: Mapping[str, Point]) -> list[str]:
         lines += [f"| {p['kind']} | {p['weight']:g} | {cells(p)} |" for p in rows]
     guided = free[1:], clip[1:]
     lost, won = beaten(guided[1], guided[0]), beaten(guided[0], guided[1])
-    best = [max(rows, key=lambda p: p["all"]) for rows in guided]
     lines += [
         "",
         "class: the shipped classifier, which saw neither network, gives the caption's class. "
@@ -217,11 +216,19 @@ def table(found: Mapping[str, Point]) -> list[str]:
         "",
         f"Of {len(guided[1])} weights of CLIP guidance, {lost} are beaten in both FD and agreement "
         f"(all) by one of classifier-free guidance; of {len(guided[0])} of classifier-free "
-        f"guidance, {won} by one of CLIP. The most agreement: classifier-free {best[0]['all']:.1%} "
-        f"at FD {best[0]['fd']:.3g}, CLIP {best[1]['all']:.1%} at FD {best[1]['fd']:.3g}. "
+        f"guidance, {won} by one of CLIP. {extremes(guided[0])} {extremes(guided[1])} "
         + verdict(lost, won),
     ]
     return lines
+
+
+def extremes(rows: Sequence[Point]) -> str:
+    most, least = max(rows, key=lambda p: p["all"]), min(rows, key=lambda p: p["fd"])
+    return (
+        f"The {most['kind']} points go up to {most['all']:.1%} agreement (weight "
+        f"{most['weight']:g}, FD {most['fd']:.3g}) and down to FD {least['fd']:.3g} (weight "
+        f"{least['weight']:g}, {least['all']:.1%})."
+    )
 
 
 def verdict(lost: int, won: int) -> str:
