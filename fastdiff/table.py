@@ -146,7 +146,7 @@ class Table:
     def take(self, rows: ArrayLike) -> Table:
         """The table of these rows, in this order; a row may come more than once."""
         index = np.asarray(rows, np.int64)
-        return replace(self, **{name: getattr(self, name)[index] for name in _ARRAYS})
+        return replace(self, **{name: getattr(self, name)[index] for name in ARRAYS})
 
     def to_json(self) -> dict[str, Any]:
         """JSON types only; infinity is null. `from_json` gives back an equal table."""

@@ -59,6 +59,11 @@ def _texted(batch: int) -> tuple[Tensor, ...]:
     return *_image(batch, channels=4), torch.randn(batch, 7, 32, generator=generator)
 
 
+def _captioned(batch: int) -> tuple[Tensor, ...]:
+    tokens = torch.randint(20, (batch, 5), generator=torch.Generator().manual_seed(3))
+    return *_image(batch), tokens
+
+
 _DDPM = {
     "attention_resolutions": (8,),
     "scale_shift": False,
@@ -73,11 +78,18 @@ _ADM = {
     "num_classes": 4,
     "learned_variance": True,
 }
+_CAPTIONS = {
+    "attention_resolutions": (8,),
+    "head_channels": 32,
+    "vocabulary": 20,
+    "text_length": 5,
+}
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ...]]]] = {
     "ddpm": (lambda: _ours(**_DDPM), _image),
     "adm": (lambda: _ours(**_ADM), _labelled),
     "edm": (lambda: _ours(attention_resolutions=(8,), rescale_residual=True), _image),
+    "captions": (lambda: _ours(**_CAPTIONS), _captioned),
     "UNet2DModel": (_diffusers, _image),
     "UNet2DConditionModel": (_diffusers_text, _texted),
 }

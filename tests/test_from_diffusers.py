@@ -199,6 +199,7 @@ def test_a_network_of_ours_in_either_order_of_attention(order):
     ("change", "said"),
     [
         ({"patch_size": 2}, "patch_size=2"),
+        ({"vocabulary": 20}, "vocabulary=20"),
         ({"heads": 2}, "heads=2: must be 1"),
         ({"norm_groups": 24}, r"norm_groups=24: must divide all widths, not so \[32, 64\]"),
         ({"rescale_residual": True}, "rescale_residual=True"),

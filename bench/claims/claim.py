@@ -22,6 +22,7 @@ RUNS = Path(__file__).parents[2] / "runs" / "claims"  # networks that a script t
 # modules of this folder, in the page's order
 CLAIMS: tuple[str, ...] = (
     "guidance",
+    "glide",
     "strided",
     "consistency",
     "iddpm",

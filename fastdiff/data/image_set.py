@@ -21,7 +21,8 @@ class ImageSet:
 
     Attributes:
         images: uint8 [N, C, H, W], 0 .. 255.
-        labels: int64 [N], or None.
+        labels: what a network is told of each: int64 [N], or, of captions, their tokens [N, L];
+            or None.
         class_names: one a label; may be empty.
         flip: mirror each image left to right with probability 1/2.
         pad: black pixels added on each side of an image.
@@ -43,10 +44,11 @@ class ImageSet:
             raise ValueError(f"pad={self.pad!r}: must be an int of 0 or more")
         if self.labels is None:
             return
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+        given = self.labels
+        if given.dtype != torch.int64 or given.ndim not in (1, 2) or len(given) != len(self):
             raise ValueError(
-                f"labels {self.labels.dtype} {tuple(self.labels.shape)}: "
-                f"must be int64 [{len(self.images)}], one an image"
+                f"labels {given.dtype} {tuple(given.shape)}: "
+                f"must be int64 [{len(self)}], one an image, or tokens [{len(self)}, L]"
             )
         if int(self.labels.min()) < 0:
             raise ValueError(f"labels with {int(self.labels.min())}: must be 0 or more")

@@ -47,16 +47,26 @@ def flips(step: int, seed: int, part: slice) -> Tensor:
     return torch.from_numpy(_uniform(seed, step, 1, part) < 0.5)
 
 
-def drop_labels(labels: Tensor, probability: float, seed: int, step: int, first: int = 0) -> Tensor:
+def drop_labels(
+    labels: Tensor,
+    probability: float,
+    seed: int,
+    step: int,
+    first: int = 0,
+    null: Tensor | None = None,
+) -> Tensor:
     """Labels [B], each replaced by -1, "no class", with a probability.
 
     For classifier-free guidance (Ho & Salimans 2022, algorithm 1). `first` is the place of
-    labels[0] in the whole batch of this step. Nothing is read back from a GPU.
+    labels[0] in the whole batch of this step. `null` is what replaces them, like labels, as a
+    model's `null_cond` says: empty captions. Nothing is read back from a GPU.
     """
     if not 0.0 <= probability <= 1.0:
         raise ValueError(f"probability={probability}: must be in [0, 1]")
     dropped = _uniform(seed, step, 2, slice(first, first + len(labels))) < probability
-    return labels.masked_fill(torch.from_numpy(dropped).to(labels.device, non_blocking=True), -1)
+    mask = torch.from_numpy(dropped).to(labels.device, non_blocking=True)
+    mask = mask.reshape(-1, *[1] * (labels.ndim - 1))
+    return labels.masked_fill(mask, -1) if null is None else labels.where(~mask, null)
 
 
 @lru_cache(maxsize=4)  # a batch spans two epochs, and each epoch serves many batches

@@ -168,6 +168,8 @@ def _fitting(
             "teacher: has a learned variance, which deterministic steps have no use for; "
             "train or load one without"
         )
+    if teacher.config.vocabulary is not None:
+        raise ValueError("teacher: is told captions; distil one that has classes, or neither")
     guided = config.guidance is not None or config.guidance_max is not None
     if guided and teacher.config.num_classes is None:
         raise ValueError(f"guidance={config.guidance}: the teacher has no classes; leave it out")

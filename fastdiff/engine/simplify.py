@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from typing import Any, cast
 
@@ -102,12 +103,15 @@ def _fold(captured: Captured) -> None:
 
 
 def _is_random(node: Node) -> bool:
+    if node.target is aten.scaled_dot_product_attention.default:  # tagged for its dropout's sake
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _key(node: Node, captured: Captured) -> str:
     parts = map_arg((node.args, node.kwargs), lambda n: captured.constants[n].key)
-    return f"{node.target}{parts}"
+    # hashed: each key has those before it, whose lengths would double at each sum
+    return f"{node.target}:{hashlib.sha256(repr(parts).encode()).hexdigest()}"
 
 
 def _merge_equal(captured: Captured) -> None:

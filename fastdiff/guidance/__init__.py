@@ -1,4 +1,4 @@
-"""Guidance beyond one weight: by a classifier, by models that are guided, by weights a row."""
+"""Guidance beyond one weight: by a classifier or CLIP, by models that are guided, by row."""
 
 from ..checkpoint import load_encoder as load_classifier
 from .apg import APG

@@ -81,6 +81,13 @@ class Block(nn.Module):
         self.compile(fullgraph=True, **options)
 
 
+def fuse(network: nn.Module, fused: bool = True) -> None:
+    """Run a network's blocks and 3x3 convolutions on our ops, or in plain torch, in place."""
+    for module in network.modules():
+        if isinstance(module, Block | Conv3x3):
+            module.fused = fused
+
+
 def norm_silu(norm: Any, x: Tensor, **how: Any) -> Tensor:
     """The norm, AdaGN's scale and shift if given, and SiLU, as one op."""
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **how)
@@ -148,6 +155,7 @@ class ResBlock(Block):
 class AttentionBlock(Block):
     """Self-attention over the pixels: x + proj(softmax(q k' / sqrt(ch)) v), ch channels a head.
 
+    Where the network is told captions, their tokens have keys and values too, before the pixels'.
     The fused kernel scales q and k by ch^(-1/4) each, or does what is equal to it, and takes
     the softmax in fp32. qkv and proj_out are 1x1 convolutions over the flattened pixels.
     """
@@ -159,19 +167,28 @@ class AttentionBlock(Block):
         self.gain = math.sqrt(0.5) if config.rescale_residual else None
         self.norm = group_norm(channels, config)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        if config.vocabulary is not None:
+            self.encoder_kv = nn.Conv1d(config.embedding_channels, 2 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        channels, height, width = x.shape[1:]
-        qkv = self._projected(x)
-        order = (self.heads, 3) if self.legacy else (3, self.heads)
-        qkv = qkv.unflatten(2, (*order, channels // self.heads))
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(3 if self.legacy else 2))
+    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+        height, width = x.shape[2:]
+        q, k, v = self._by_head(self._projected(x), 3)
+        if text is not None:
+            kv = F.linear(text, self.encoder_kv.weight.squeeze(2), self.encoder_kv.bias)
+            text_k, text_v = self._by_head(kv, 2)
+            k, v = torch.cat((text_k, k), 2), torch.cat((text_v, v), 2)
         attend = ops.attention if self.fused else F.scaled_dot_product_attention
         h = attend(q, k, v).transpose(1, 2).flatten(2)
         h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
         h = h.transpose(1, 2).unflatten(2, (height, width))
         return x + h if self.gain is None else (x + h) * self.gain
+
+    def _by_head(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """The parts of a projection [B, tokens, parts C], each [B, heads, tokens, C / heads]."""
+        order = (self.heads, parts) if self.legacy else (parts, self.heads)
+        split = x.unflatten(2, (*order, x.shape[2] // (parts * self.heads)))
+        return tuple(part.transpose(1, 2) for part in split.unbind(3 if self.legacy else 2))
 
     def _projected(self, x: Tensor) -> Tensor:
         """The normalised pixels through qkv, [B, H W, 3 C]."""
@@ -184,9 +201,14 @@ class AttentionBlock(Block):
 
 
 class Stage(nn.Sequential):
-    """Layers in order, of which only residual blocks take the embedding."""
+    """Layers in order, of which residual blocks take the embedding, and attention the text."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, text: Tensor | None = None
+    ) -> Tensor:
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            else:
+                x = layer(x, text) if isinstance(layer, AttentionBlock) else layer(x)
         return x

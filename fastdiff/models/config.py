@@ -22,6 +22,9 @@ _POSITIVE = (
     "heads",
     "head_channels",
     "num_classes",
+    "vocabulary",
+    "text_length",
+    "text_layers",
     "patch_size",
     "norm_groups",
 )
@@ -53,6 +56,12 @@ class UNetConfig(Record):
         rescale_residual: multiply each block's sum by 1/sqrt(2) (EDM's skip_scale).
         dropout: probability, before the last convolution of each residual block.
         num_classes: labels 0 .. num_classes - 1, and -1 for "no class"; None: unconditional.
+        vocabulary: the network is told captions, as tokens 0 .. vocabulary - 1 (Nichol et al. 2021,
+            "GLIDE"): a transformer reads them, its last token's state is added to the embedding of
+            time, and all states are keys and values of every attention; None: it is told none.
+            Tokens 0, 1 and 2 are padding, start and end (`fastdiff.models.text`).
+        text_length: tokens of a caption, padded; of no account without a vocabulary, as the next.
+        text_layers: blocks of the transformer.
         guidance_max: the network has the guidance weight w as an input, from 0 to this (Meng et al.
             2022, "On Distillation of Guided Diffusion Models"); None: it has not.
         learned_variance: the output has a second set of channels, the variance's.
@@ -82,6 +91,9 @@ class UNetConfig(Record):
     rescale_residual: bool = False
     dropout: float = 0.0
     num_classes: int | None = None
+    vocabulary: int | None = None
+    text_length: int = 16
+    text_layers: int = 2
     guidance_max: float | None = None
     learned_variance: bool = False
     predict_both: bool = False
@@ -132,6 +144,11 @@ class UNetConfig(Record):
         return self.in_channels * (2 if self.learned_variance else 1)
 
     @property
+    def conditional(self) -> bool:
+        """Whether the network is told of an image: its class, or its caption."""
+        return self.num_classes is not None or self.vocabulary is not None
+
+    @property
     def embedding_channels(self) -> int:
         """Width of the embedding of time and class."""
         return 4 * self.channels
@@ -169,6 +186,8 @@ class UNetConfig(Record):
                 f"channel_mult={self.channel_mult}: must be above 0 and, times channels="
                 f"{self.channels}, a whole number of channels"
             )
+        if self.vocabulary is not None:
+            self._check_text(self.vocabulary)
         if self.predict_both and self.learned_variance:
             raise ValueError("predict_both, learned_variance: are both set; choose one")
         if not 0.0 <= self.dropout < 1.0:
@@ -185,6 +204,21 @@ class UNetConfig(Record):
                 f"which {len(self.channel_mult)} levels of patch_size={self.patch_size} need"
             )
         self._check_attention()
+
+    def _check_text(self, vocabulary: int) -> None:
+        if self.num_classes is not None:
+            raise ValueError("num_classes, vocabulary: are both set; choose one")
+        if vocabulary < 3 or self.text_length < 2:
+            raise ValueError(
+                f"vocabulary={vocabulary}, text_length={self.text_length}: must be 3 and 2 or "
+                "more, for the empty caption's start and end, and padding"
+            )
+        split = self.head_channels or self.heads
+        if self.embedding_channels % split:
+            name = "head_channels" if self.head_channels else "heads"
+            raise ValueError(
+                f"{name}={split}: must divide the {self.embedding_channels} channels of the text"
+            )
 
     def _check_attention(self) -> None:
         sides = [self.side_at(level) for level in range(len(self.channel_mult))]

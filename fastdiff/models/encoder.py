@@ -15,6 +15,7 @@ from .network import Network
 from .unet import down_path, middle
 
 POOLS = ("attention", "adaptive")
+UNLIKE = "num_classes", "vocabulary", "guidance_max", "learned_variance"
 
 
 class AttentionPool(nn.Module):
@@ -45,8 +46,8 @@ class EncoderUNet(Network):
         torch.Size([2, 10])
 
     Args:
-        config: of the U-Net whose way down it has; num_classes, guidance_max and learned_variance
-            must be at their defaults.
+        config: of the U-Net whose way down it has; num_classes, vocabulary, guidance_max and
+            learned_variance must be at their defaults.
         outputs: numbers an image, for a classifier its classes.
         pool: "attention" over the last level's pixels, or "adaptive", their mean.
     """
@@ -55,7 +56,7 @@ class EncoderUNet(Network):
         super().__init__()
         one_of("pool", pool, POOLS)
         default = UNetConfig()
-        for name in ("num_classes", "guidance_max", "learned_variance"):
+        for name in UNLIKE:
             if getattr(config, name) != getattr(default, name):
                 raise ValueError(
                     f"{name}={getattr(config, name)}: must be {getattr(default, name)}; an encoder "
@@ -80,9 +81,9 @@ class EncoderUNet(Network):
         self.out = nn.Sequential(*head)
 
     @property
-    def labels(self) -> int:
-        """Its outputs: what it is trained to tell apart."""
-        return self.outputs
+    def conditional(self) -> bool:
+        """It learns what an image's label is: its training data must have labels."""
+        return True
 
     def fresh(self) -> EncoderUNet:
         """A network built as this one is, with weights of its own."""

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Block
+from .blocks import Block, fuse
 from .config import UNetConfig
-from .conv import Conv3x3
 
 if TYPE_CHECKING:
     from ..schedule import NoiseSchedule
@@ -38,9 +37,9 @@ class Network(nn.Module):
     fused = recompute = False
 
     @property
-    def labels(self) -> int | None:
-        """Classes that its training data must have labels of; None if it has no use for them."""
-        return self.config.num_classes
+    def conditional(self) -> bool:
+        """Whether it is told of an image: then its training data must have labels."""
+        return self.config.conditional
 
     def fresh(self) -> Self:
         """A network built as this one is, with weights of its own."""
@@ -59,9 +58,8 @@ class Network(nn.Module):
         Returns:
             The network itself.
         """
-        for module in self.modules():
-            if isinstance(module, (Network, Block, Conv3x3)):
-                module.fused = fused
+        fuse(self, fused)
+        self.fused = fused
         return self
 
     def compile_blocks(self, **options: Any) -> Self:
@@ -82,7 +80,7 @@ class Network(nn.Module):
                 module.compile_whole(**options)
         return self
 
-    def _run(self, stage: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+    def _run(self, stage: nn.Module, x: Tensor, emb: Tensor, text: Tensor | None = None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(stage, x, emb, use_reentrant=False)
-        return stage(x, emb)
+            return checkpoint(stage, x, emb, text, use_reentrant=False)
+        return stage(x, emb, text)

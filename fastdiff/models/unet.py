@@ -21,6 +21,7 @@ from .blocks import (
 )
 from .config import UNetConfig
 from .network import Network
+from .text import TextEncoder, check_tokens, empty_captions
 
 
 def level_stage(channels: int, level: int, config: UNetConfig) -> Stage:
@@ -84,6 +85,8 @@ class UNet(Network):
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         if config.num_classes is not None:
             self.label_emb = nn.Embedding(config.num_classes, emb)
+        if config.vocabulary is not None:
+            self.text, self.text_proj = TextEncoder(config), nn.Linear(emb, emb)
         if config.guidance_max is not None:
             last = zeroed(nn.Linear(emb, emb))  # so that a student starts as its teacher
             self.guidance_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), last)
@@ -112,13 +115,34 @@ class UNet(Network):
             zeroed(nn.Conv2d(first, outputs, 3, padding=1)),
         )
 
-    def embed(self, t: Tensor, cond: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        """The embedding of time, class and weight, [B, 4 channels], in the parameters' dtype.
+    def read(self, cond: Tensor | None, batch: int) -> Tensor | None:
+        """The states [B, L, 4 channels] of captions' tokens; None of a network that has no text.
+
+        Args:
+            cond: [B, L] int64 tokens; None is `batch` empty captions.
+        """
+        if self.config.vocabulary is None:
+            return None
+        if cond is None:
+            cond = empty_captions(batch, self.config.text_length, self.text_proj.weight.device)
+        return self.text(cond)
+
+    def embed(
+        self,
+        t: Tensor,
+        cond: Tensor | None = None,
+        w: Tensor | None = None,
+        text: Tensor | None = None,
+    ) -> Tensor:
+        """The embedding of time, class or text, and weight, [B, 4 channels].
+
+        In the parameters' dtype.
 
         Args:
             t: [B] timesteps, integer or floating point, on the training schedule's scale.
             cond: [B] int64 labels, -1 for "no class"; None is all -1.
             w: [B] guidance weights, of a network with `guidance_max`.
+            text: what `read` returned.
         """
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed(self._waves(t).to(dtype))
@@ -127,7 +151,9 @@ class UNet(Network):
             emb = emb + self.guidance_embed(
                 self._waves(1000 / self.config.guidance_max * w).to(dtype)
             )
-        if cond is not None:
+        if text is not None:
+            emb = emb + self.text_proj(text[:, -1])
+        elif cond is not None:
             given = (cond >= 0)[:, None]
             emb = emb + torch.where(given, self.label_emb(cond.clamp(min=0)), 0.0)
         return emb
@@ -135,17 +161,17 @@ class UNet(Network):
     def _waves(self, t: Tensor) -> Tensor:
         return timestep_embedding(t, self.config.channels, self.config.time_embedding)
 
-    def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
-        """The network on images [B, C, H, W] and the embedding that `embed` returned."""
+    def denoise(self, x: Tensor, emb: Tensor, text: Tensor | None = None) -> Tensor:
+        """The network on images [B, C, H, W] and what `embed` and `read` returned."""
         patch, skips = self.config.patch_size, []
         if patch > 1:
             x = F.pixel_unshuffle(x, patch)
         for stage in self.input_blocks:
-            x = self._run(stage, x, emb)
+            x = self._run(stage, x, emb, text)
             skips.append(x)
-        x = self._run(self.middle_block, x, emb)
+        x = self._run(self.middle_block, x, emb, text)
         for stage in self.output_blocks:
-            x = self._run(stage, torch.cat((x, skips.pop()), dim=1), emb)
+            x = self._run(stage, torch.cat((x, skips.pop()), dim=1), emb, text)
         norm, act, conv = self.out
         x = conv(norm_silu(norm, x) if self.fused else act(norm(x)))
         return F.pixel_shuffle(x, patch) if patch > 1 else x
@@ -155,15 +181,18 @@ class UNet(Network):
     ) -> Tensor:
         """The prediction for images x [B, C, H, W] at timesteps t [B] given labels cond [B].
 
+        Of a network with a `vocabulary`, cond is captions' tokens, int64 [B, text_length].
+
         Returns [B, out_channels, H, W] in x's dtype; a learned variance is the second half of
         the channels. w: fp32 [B], guidance weights in 0 .. config.guidance_max, of a network that
         takes them; `at_guidance` settles them.
 
         Raises:
-            ValueError, TypeError: wrong shapes, dtypes, or labels; before any work.
+            ValueError, TypeError: wrong shapes, dtypes, labels or tokens; before any work.
         """
         self.check(x, t, cond, w)
-        out = self.denoise(x, self.embed(t, cond, w))
+        text = self.read(cond, len(x))
+        out = self.denoise(x, self.embed(t, cond, w, text), text)
         return self._merged(out, x, t) if self.config.predict_both else out
 
     def _merged(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -181,7 +210,9 @@ class UNet(Network):
 
     @staticmethod
     def null_cond(cond: Tensor) -> Tensor:
-        """Labels that mean "no class", as many as `cond` has."""
+        """Labels that mean "no class", or the tokens of empty captions, as many as `cond` has."""
+        if cond.ndim == 2:
+            return empty_captions(len(cond), cond.shape[1], cond.device)
         return torch.full_like(cond, -1)
 
     def check(
@@ -218,23 +249,26 @@ class UNet(Network):
             raise ValueError(
                 f"w of shape {tuple(w.shape)}, {w.dtype}: must be [{x.shape[0]}], floating point"
             )
-        if cond is None:
-            return
-        if config.num_classes is None:
+        if cond is not None and config.vocabulary is not None:
+            check_tokens("cond", cond, len(x), config)
+        elif cond is not None:
+            self._check_labels(cond, len(x))
+
+    def _check_labels(self, cond: Tensor, batch: int) -> None:
+        classes = self.config.num_classes
+        if classes is None:
             raise ValueError(
                 "cond: this model is unconditional (num_classes is None); leave it out"
             )
-        if cond.shape != x.shape[:1]:
-            raise ValueError(
-                f"cond of shape {tuple(cond.shape)}: must be [{x.shape[0]}], one an image"
-            )
+        if cond.shape != (batch,):
+            raise ValueError(f"cond of shape {tuple(cond.shape)}: must be [{batch}], one an image")
         if cond.dtype != torch.int64:
             raise TypeError(f"cond of dtype {cond.dtype}: must be int64 class labels")
         # on an accelerator the check would stall the stream at each call
         if cond.device.type == "cpu" and not torch.compiler.is_compiling() and cond.numel():
             low, high = torch.aminmax(cond)
-            if low < -1 or high >= config.num_classes:
+            if low < -1 or high >= classes:
                 raise ValueError(
-                    f"cond with labels {low} .. {high}: must be 0 .. {config.num_classes - 1}, "
+                    f"cond with labels {low} .. {high}: must be 0 .. {classes - 1}, "
                     "or -1 for no class"
                 )

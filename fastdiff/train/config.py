@@ -45,7 +45,8 @@ class TrainConfig(Record):
         weighting: of the loss by timestep: "simple", "min_snr", ...
         timesteps: how they are drawn: "uniform", or "loss_aware" (more often where the loss is
             large, with the weight that keeps its mean).
-        label_dropout: probability that a label is replaced by -1, "no class".
+        label_dropout: probability that a label is replaced by -1, "no class", or a caption by the
+            empty one.
         seed: of data order, timesteps, noise and dropout.
         bf16: autocast the network to bfloat16; weights and optimizer stay fp32.
         channels_last: keep images channels-last, and on a GPU the weights.

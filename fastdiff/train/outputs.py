@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import save
 from ..images import grid
@@ -36,7 +37,7 @@ def averaged(run: Trainer, name: str) -> Network:
 
 
 def draw(run: Trainer) -> None:
-    """Draw the curves so far and, if it makes images, a grid of samples, a row a class."""
+    """Draw the curves so far and, if it makes images, samples: of each class, or some captions."""
     model = averaged(run, f"ema.{run.config.decays[0]}")
     if not run.leads:
         return
@@ -44,7 +45,11 @@ def draw(run: Trainer) -> None:
     if not isinstance(model, UNet):
         return
     config = model.config
-    cond = torch.arange(SAMPLES, device=run.device) // COLUMNS % (config.num_classes or 1)
+    cond: Tensor | None = None
+    if config.num_classes is not None:
+        cond = torch.arange(SAMPLES, device=run.device) // COLUMNS % config.num_classes
+    elif config.vocabulary is not None and run.data.labels is not None:
+        cond = run.data.labels[torch.arange(SAMPLES) % len(run.data)].to(run.device)
     made, prediction = model.distilled, run.config.prediction
     if made is not None:
         sampler = DDIMSampler(run.schedule, spacing=made.timesteps, prediction=prediction)
@@ -55,7 +60,7 @@ def draw(run: Trainer) -> None:
         model,
         (SAMPLES, config.in_channels, config.image_size, config.image_size),
         seed=run.config.seed,
-        cond=cond if config.num_classes else None,
+        cond=cond,
     )
     grid(x, columns=COLUMNS).save(run.out / f"samples-{run.step:06d}.png")
     run.metrics.images(run.step, x)

@@ -22,9 +22,11 @@ from ..losses import (
     LossAwareTimesteps,
     UniformTimesteps,
 )
+from ..models import UNet
 from ..models.distilled import Distilled
 from ..models.encoder import EncoderUNet
 from ..models.network import Network
+from ..models.text import check_tokens
 from ..schedule import NoiseSchedule
 from ..store import Store
 from .config import TrainConfig
@@ -56,7 +58,7 @@ class Trainer:
         model: the network, on the device to train on; trained in place. An `EncoderUNet` learns
             the labels of noisy images.
         schedule: noise schedule; t runs over its whole length.
-        data: the images, and labels if the model has classes.
+        data: the images, and labels if the model has classes, captions' tokens if it has those.
         config: how to train.
         out: the run's folder.
         loss: what to minimise, in place of the `DiffusionLoss` that config says, or of a
@@ -241,9 +243,9 @@ class Trainer:
                 channels_last=config.channels_last,
             )
             x0, cond = self._sent(images), None
-            if self.model.labels is not None and labels is not None:
-                cond = drop_labels(labels, config.label_dropout, config.seed, step, first)
-                cond = self._sent(cond)
+            if self.model.conditional and labels is not None:
+                null, rate = UNet.null_cond(labels), config.label_dropout
+                cond = self._sent(drop_labels(labels, rate, config.seed, step, first, null))
             t, weight = self.timesteps.draw(size, config.seed, step, first, self.device)
             last = k == config.accumulate - 1
             with synchronised(self._network, last):
@@ -351,8 +353,15 @@ def _check_data(model: Network, data: ImageSet) -> None:
         raise ValueError(
             f"data with images {shape}: the model takes {wanted}; pad or choose another"
         )
-    if model.labels is not None:
-        if data.labels is None:
-            raise ValueError(f"data without labels: the model has {model.labels} classes")
-        if (high := int(data.labels.max())) >= model.labels:
-            raise ValueError(f"data with label {high}: the model has {model.labels} classes")
+    if not model.conditional:
+        return
+    if data.labels is None:
+        raise ValueError("data without labels: the model is told classes, or captions' tokens")
+    if config.vocabulary is not None:
+        check_tokens("the labels of data", data.labels, len(data), config)
+        return
+    if data.labels.ndim != 1:
+        raise ValueError("data with captions: the model has classes; give a label an image")
+    classes = model.outputs if isinstance(model, EncoderUNet) else config.num_classes
+    if classes is not None and (high := int(data.labels.max())) >= classes:
+        raise ValueError(f"data with label {high}: the model has {classes} classes")

@@ -93,7 +93,7 @@ def to_diffusers(model: UNet) -> Any:
     from diffusers import UNet2DModel
 
     config, default = model.config, UNetConfig()
-    for name in ("patch_size", "guidance_max", "predict_both", "rescale_residual"):
+    for name in ("patch_size", "vocabulary", "guidance_max", "predict_both", "rescale_residual"):
         if getattr(config, name) != getattr(default, name):
             raise ValueError(
                 f"model: {name}={getattr(config, name)!r}; diffusers' network has no such part"
