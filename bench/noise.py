@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     for test in args.tests:
         for name, stream in STREAMS.items():
             points.measure(f"dieharder {test}, {name}", partial(dieharder, stream, test))
+    points.finish()
     write_bytes(args.out / "noise.md", document(points.found).encode())
     print(args.out / "noise.md")
     return 0

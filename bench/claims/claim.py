@@ -39,11 +39,12 @@ class Points:
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         self.path, self.facts = path, dict(facts)
         self.found: dict[str, Point] = {}
+        self.finished = False
         if path.is_file():
             record = json.loads(path.read_text())
             if record["facts"] != self.facts:
                 raise SystemExit(f"{path}: holds points of {record['facts']}; remove it first")
-            self.found = record["points"]
+            self.found, self.finished = record["points"], record["finished"]
 
     def measure(self, name: str, measured: Callable[[], Point]) -> Point:
         """The point of that name: from the file, or measured now and written there."""
@@ -52,17 +53,24 @@ class Points:
             start = time.perf_counter()
             point = measured()
             self.found[name] = {**point, "seconds": round(time.perf_counter() - start, 1)}
-            make_folder(self.path.parent)
-            write_bytes(self.path, self._text().encode())
+            self._write()
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in point.items()}
             print(f"{name}: {shown}", flush=True)
         return self.found[name]
 
-    def _text(self) -> str:
+    def finish(self) -> None:
+        """Say that all are there: only then is the claim's part of the page written."""
+        if not self.finished:
+            self.finished = True
+            self._write()
+
+    def _write(self) -> None:
         """As JSON, a line a point."""
         rows = [f"{json.dumps(name)}: {json.dumps(point)}" for name, point in self.found.items()]
-        head = {"facts": self.facts, "machine": machine(Settings())}
-        return json.dumps(head)[:-1] + ', "points": {\n' + ",\n".join(rows) + "\n}}\n"
+        head = {"facts": self.facts, "machine": machine(Settings()), "finished": self.finished}
+        text = json.dumps(head)[:-1] + ', "points": {\n' + ",\n".join(rows) + "\n}}\n"
+        make_folder(self.path.parent)
+        write_bytes(self.path, text.encode())
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ class Claim:
         facts = {"images": args.images, "seeds": args.seeds}
         points = Points(args.out / "results" / f"{self.name}.json", facts)
         self.measure(points, args.images, range(args.seeds))
+        points.finish()
         if self.draw is not None:
             figure = Figure((9, 4.2), layout="constrained")
             self.draw(points.found, figure)
@@ -107,11 +116,13 @@ class Claim:
         return 0
 
     def section(self, out: Path) -> list[str]:
-        """Its part of the page, from its file; nothing where there is none yet."""
+        """Its part of the page, from its file; nothing where that is not finished."""
         path = out / "results" / f"{self.name}.json"
         if not path.is_file():
             return []
         record = json.loads(path.read_text())
+        if not record["finished"]:
+            return []
         points, facts = record["points"], record["facts"]
         minutes = sum(point["seconds"] for point in points.values()) / 60
         lines = ["", f"## {self.title}", "", self.says, ""]

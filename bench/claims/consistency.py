@@ -88,10 +88,10 @@ def table(points: Mapping[str, Point]) -> list[str]:
 def draw(points: Mapping[str, Point], figure: Figure) -> None:
     """Above, columns of one noise at growing S; below, from a noise to another, and back again."""
     like = ops.randn((SHOWN, 1, 32, 32), 0)
-    rows = [drawn(steps, like) for steps in STEPS[:4]]
+    few = STEPS[:4]
     left, right = figure.subplots(1, 2)
-    left.imshow(tiled(rows), cmap="gray", vmin=0, vmax=255)
-    left.set_yticks([32 * i + 16 for i in range(4)], [f"S = {s}" for s in STEPS[:4]])
+    left.imshow(tiled([drawn(steps, like) for steps in few]), cmap="gray", vmin=0, vmax=255)
+    left.set_yticks([32 * i + 16 for i in range(len(few))], [f"S = {s}" for s in few])
     left.set(title="one noise a column", xticks=[])
     ends = ops.randn((8, 1, 32, 32), 1)
     between = interpolate(ends[:4], ends[4:], torch.linspace(0, 1, SHOWN)).transpose(0, 1)
