@@ -214,10 +214,9 @@ def table(found: Mapping[str, Point]) -> list[str]:
         "three together. A weight is w of (w + 1) m_c - w m_u, or what CLIP's gradient is "
         "multiplied by, of the same network.",
         "",
-        f"Of {len(guided[1])} weights of CLIP guidance, {lost} are beaten in both FD and agreement "
-        f"(all) by one of classifier-free guidance; of {len(guided[0])} of classifier-free "
-        f"guidance, {won} by one of CLIP. {extremes(guided[0])} {extremes(guided[1])} "
-        + verdict(lost, won),
+        f"Beaten in both FD and agreement (all): {lost} of {len(guided[1])} weights of CLIP "
+        f"guidance by one of classifier-free guidance, {won} of {len(guided[0])} the other way "
+        f"round. {extremes(guided[0])} {extremes(guided[1])} " + verdict(lost, won),
     ]
     return lines
 
