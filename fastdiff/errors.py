@@ -1,7 +1,9 @@
 """Checks shared by the public functions: every message names the argument and what it takes."""
 
+import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,27 @@ def is_tensor(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a torch.Tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor, got {type(value).__name__}")
+
+
+def is_batch(name: str, value: object) -> None:
+    """Raise unless `value` is a tensor [B, ...]."""
+    is_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if not value.dim():
+        raise ValueError(f"{name}: has shape (), must be [B, ...]; unsqueeze it")
+
+
+def number(name: str, value: object) -> float:
+    """The value as a float; raise unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name}: must be a number, got {type(value).__name__}")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise ValueError(f"{name}={value}: must be finite")
+    return found
 
 
 def has_dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

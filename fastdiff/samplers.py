@@ -123,12 +123,13 @@ class Sampler:
         first_index: int,
     ) -> tuple[Tensor, Tensor]:
         device = placement(model)[1]
+        if x_T is not None:
+            errors.is_tensor("x_T", x_T)
         if device is None:
             device = x_T.device if x_T is not None else torch.device("cpu")
         streams = streams_of(seed, shape[0], first_index, device=device)
         if x_T is None:
             x_T = randn(shape, seed, row=BEFORE_FIRST_ROW, first_index=first_index, device=device)
-        errors.is_tensor("x_T", x_T)
         errors.has_dtype("x_T", x_T, (torch.float32,))
         if x_T.shape != shape:
             raise ValueError(f"x_T: has shape {tuple(x_T.shape)}, must be {shape} as shape says")

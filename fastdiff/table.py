@@ -163,7 +163,8 @@ class Table:
             raise ValueError("table: must be an object with exactly name, init and columns")
         columns = data["columns"]
         if not isinstance(columns, Mapping) or set(columns) != set(ARRAYS):
-            odd = sorted(set(columns) ^ set(ARRAYS))
+            given = set(columns) if isinstance(columns, Mapping) else set()
+            odd = sorted(given ^ set(ARRAYS))
             raise ValueError(f"columns: {odd} unknown or missing; must be exactly {list(ARRAYS)}")
         for name, values in columns.items():
             if not isinstance(values, list) or any(not _storable(v) for v in values):

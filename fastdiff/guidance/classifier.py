@@ -13,7 +13,9 @@ class ClassifierGuidance(nn.Module):
     """The gradient of ln p(y | x_t) with respect to x_t: for `sampler.sample(gradient=...)`.
 
     The scale is the sampler's `classifier_scale`: DDPM's mean moves by scale Sigma g (the paper's
-    Algorithm 1), DDIM's eps by -scale sigma g (Algorithm 2), after the clip. The classes y are the
+    Algorithm 1), DDIM's eps by -scale sigma g (Algorithm 2), after the clip. In x0 that is
+    sigma^2 / alpha g: where a schedule ends with alpha near 0 the classifier's error is magnified,
+    and `guidance_interval=(0, 20)` keeps DDIM from asking it there. The classes y are the
     conditions that the sampled model is given; or `labels`, for a model that takes none.
 
     Args:

@@ -190,8 +190,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """
     errors.is_tensor("q", q)
     errors.has_dtype("q", q, errors.MODEL_DTYPES)
-    if q.dim() != 4:
-        raise ValueError(f"q: has shape {tuple(q.shape)}, must be [N, heads, tokens, size]")
+    if q.dim() != 4 or not q.shape[3]:
+        raise ValueError(
+            f"q: has shape {tuple(q.shape)}, must be [N, heads, tokens, size], size >= 1"
+        )
     errors.is_tensor("k", k)
     batch, heads, _, size = q.shape
     if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (batch, heads, size) or not k.shape[2]:

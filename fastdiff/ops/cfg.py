@@ -94,11 +94,11 @@ def cfg(m_cond: Tensor, m_uncond: Tensor, w: float | Tensor) -> Tensor:
     a library that writes u + s (c - u) has s = w + 1. Differentiable. TypeError or ValueError for
     shapes, dtypes or devices that differ.
     """
-    errors.is_tensor("m_cond", m_cond)
+    errors.is_batch("m_cond", m_cond)
     errors.has_dtype("m_cond", m_cond, errors.MODEL_DTYPES)
     errors.like("m_uncond", m_uncond, "m_cond", m_cond)
     errors.has_dtype("m_uncond", m_uncond, (m_cond.dtype,))
     if not isinstance(w, Tensor):
-        return OP.call(m_cond, m_uncond, None, float(w))
+        return OP.call(m_cond, m_uncond, None, errors.number("w", w))
     errors.per_sample("w", w, torch.float32, "m_cond", m_cond)
     return OP.call(m_cond, m_uncond, w.contiguous(), 0.0)

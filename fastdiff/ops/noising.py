@@ -151,7 +151,7 @@ def noising(
     ValueError or TypeError for other shapes, dtypes, devices, or t out of range (on the CPU: a
     GPU's t is not read back).
     """
-    errors.is_tensor("x0", x0)
+    errors.is_batch("x0", x0)
     errors.has_dtype("x0", x0, errors.MODEL_DTYPES)
     errors.per_sample("t", t, torch.int64, "x0", x0)
     errors.in_range("t", t, len(schedule))

@@ -116,16 +116,16 @@ def streams_of(
     sample k the stream (seed[k], 0), which is that of `seed=seed[k]` at batch 1.
     ValueError for a seed outside [0, 2^63) or a sequence of another length.
     """
-    if isinstance(seed, int):
-        pairs = [(seed, first_index + k) for k in range(batch)]
-    else:
-        pairs = [(int(s), 0) for s in seed]
-        if len(pairs) != batch:
-            raise ValueError(f"seed: has {len(pairs)} entries, must be one int or {batch} of them")
-    for word in {w for pair in pairs[:1] + pairs[-1:] for w in pair} | {s for s, _ in pairs}:
+    seeds = [seed] if isinstance(seed, int) else [int(s) for s in seed]
+    if not isinstance(seed, int) and len(seeds) != batch:
+        raise ValueError(f"seed: has {len(seeds)} entries, must be one int or {batch} of them")
+    for word in {*seeds, first_index, first_index + max(0, batch - 1)}:
         if not 0 <= word < 1 << 63:
             raise ValueError(f"seed={word}: must be in [0, 2^63), and so must first_index")
-    made = torch.tensor(pairs, dtype=torch.int64).reshape(batch, 2)
+    made = torch.zeros(batch, 2, dtype=torch.int64)
+    made[:, 0] = torch.tensor(seeds)
+    if isinstance(seed, int):
+        made[:, 1] = torch.arange(first_index, first_index + batch)
     return made.to(device, non_blocking=True)
 
 
@@ -140,6 +140,8 @@ def _draw(
     shape = tuple(shape)
     if not shape or any(s < 0 for s in shape):
         raise ValueError(f"shape={shape}: must be [B, ...] with no negative size")
+    if math.prod(s or 1 for s in shape) >= 1 << 61:
+        raise ValueError(f"shape={shape}: has more elements than memory has addresses")
     if math.prod(shape[1:]) > _LARGEST_SAMPLE:
         raise ValueError(f"shape={shape}: a sample can have at most 2^34 elements")
     if not -1 <= row < _WORD:

@@ -278,6 +278,7 @@ def _is_plain(x: Tensor, m: Tensor, table: Tensor, row: Tensor) -> bool:
         type(x) is type(m) is Tensor
         and x.dtype is torch.float32
         and m.dtype in DTYPES
+        and x.dim() > 0
         and m.shape == x.shape
         and x.is_cpu
         and m.is_cpu
@@ -316,7 +317,7 @@ def _are_plain(
 
 
 def _check(x: Tensor, m: Tensor, table: Tensor, row: Tensor, *optional: Tensor | None) -> None:
-    errors.is_tensor("x", x)
+    errors.is_batch("x", x)
     errors.has_dtype("x", x, (torch.float32,))
     errors.like("m", m, "x", x)
     errors.has_dtype("m", m, errors.MODEL_DTYPES)

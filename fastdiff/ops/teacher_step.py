@@ -146,7 +146,7 @@ def teacher_step(
             GPU's i is not read back).
         RuntimeError: a tensor requires a gradient, and gradients are on: targets have none.
     """
-    errors.is_tensor("z", z)
+    errors.is_batch("z", z)
     errors.has_dtype("z", z, (torch.float32,))
     errors.like("m", m, "z", z)
     errors.has_dtype("m", m, errors.MODEL_DTYPES)

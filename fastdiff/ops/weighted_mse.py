@@ -127,7 +127,7 @@ def weighted_mse(
             GPU's t is not read back, and makes NaN).
     """
     for name, value in (("output", output), ("target", target)):
-        errors.is_tensor(name, value)
+        errors.is_batch(name, value)
         errors.has_dtype(name, value, errors.MODEL_DTYPES)
     errors.like("target", target, "output", output)
     errors.is_tensor("weights", weights)

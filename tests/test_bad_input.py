@@ -1,0 +1,258 @@
+"""Generated input: what the core calls make of it is right, or a clear error before any work.
+
+`make nightly` tries 10,000 examples a call; otherwise a few hundred.
+"""
+
+import copy
+import json
+import math
+import os
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from fastdiff import DDIMSampler, DDPMSampler, NoiseSchedule, Table, ops, tables
+from fastdiff.ops import OPS
+
+settings.register_profile("usual", max_examples=200)
+settings.register_profile("nightly", max_examples=10_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
+generated = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+REFUSED = ValueError, TypeError
+SCHEDULE = NoiseSchedule.cosine(50)
+MODEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OTHERS = [torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64]
+dtypes = st.sampled_from([*MODEL_DTYPES * 4, *OTHERS])
+shapes = st.lists(st.integers(0, 5), max_size=5).map(tuple)
+numbers = st.floats(width=32) | st.integers(-(2**70), 2**70) | st.sampled_from([0.0, 1.0, -1.0])
+names = st.sampled_from(["eps", "x0", "v", "score", "edm", "", "V"])
+
+
+@st.composite
+def tensors(draw, shape=shapes, dtype=dtypes):
+    """Of any layout: as it comes, transposed, every other element, expanded, off by one."""
+    size, kind = draw(shape), draw(dtype)
+    seed = draw(st.integers(0, 99))
+    x = torch.randn([2 * n for n in size], generator=torch.Generator().manual_seed(seed))
+    special = draw(st.sampled_from([None, None, None, math.nan, math.inf, -math.inf, 1e30]))
+    x = x[tuple(slice(None, None, 2) for _ in size)]
+    layout = draw(st.sampled_from(["dense", "strided", "transposed", "expanded", "shifted"]))
+    if layout == "dense":
+        x = x.contiguous()
+    elif layout == "transposed" and len(size) > 1:
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "expanded" and size and size[0]:
+        x = x[:1].expand(size)
+    elif layout == "shifted":
+        x = torch.cat((torch.zeros(1), x.flatten()))[1:].reshape(size)
+    x = x.clone() if layout == "expanded" and special is not None else x
+    if special is not None and x.numel():
+        x = x.contiguous()
+        x.view(-1)[seed % x.numel()] = special
+    return x.to(kind)
+
+
+@st.composite
+def alike(draw, count):
+    """Tensors of one shape and dtype, mostly; and what is no tensor, now and then."""
+    shape, dtype = draw(shapes), draw(dtypes)
+    found = []
+    for _ in range(count):
+        odd = draw(st.integers(0, 19))
+        if odd == 0:
+            found.append(draw(st.sampled_from([None, 3, "x", [1.0], np.ones(3)])))
+        elif odd == 1:
+            found.append(draw(tensors()))
+        else:
+            found.append(draw(tensors(st.just(shape), st.just(dtype))))
+    return found
+
+
+def right(op, inputs, outputs):
+    """Held to the reference in float64, within what the outputs' dtype can say."""
+    wide = [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
+    ]
+    for out, wanted in zip(outputs, OPS[op].reference(*wide)[: len(outputs)], strict=True):
+        assert out.shape == wanted.shape
+        wanted = wanted.to(out.dtype) if out.dtype in MODEL_DTYPES else wanted
+        eps = torch.finfo(out.dtype).eps
+        largest = max((x.abs().max().item() for x in wide if torch.is_tensor(x) and x.numel()
+                       and x.is_floating_point()), default=0.0)  # fmt: skip
+        if math.isfinite(largest) and largest < 1e4:
+            torch.testing.assert_close(
+                out.double(), wanted.double(), rtol=8 * eps, atol=8 * eps * (1 + largest) ** 2
+            )
+
+
+def refused_clearly(call):
+    """The result; None where the call raises, and then it says what of."""
+    try:
+        return call()
+    except REFUSED as error:
+        said = str(error)
+        assert ":" in said or "=" in said or "argument" in said, said
+        return None
+
+
+@generated
+@given(alike(2), numbers | tensors())
+def test_cfg(pair, w):
+    try:
+        out = ops.cfg(*pair, w)
+    except REFUSED as error:
+        assert any(name in str(error) for name in ("m_cond", "m_uncond", "w"))
+        return
+    weights, number = (w.contiguous(), 0.0) if torch.is_tensor(w) else (None, float(w))
+    if weights is not None or abs(number) < 1e3:
+        right("cfg", (*pair, weights, number), [out])
+
+
+@generated
+@given(alike(2), tensors(), st.integers(-2, 60), names, st.integers(-3, 2**64), st.booleans())
+def test_noising(pair, odd, t, prediction, seed, given_noise):
+    x0, noise = pair
+    batch = len(x0) if torch.is_tensor(x0) and x0.dim() else 1
+    steps = torch.full((batch,), t) if t < 55 else odd
+    how = {"noise": noise} if given_noise else {"seed": seed}
+    out = refused_clearly(lambda: ops.noising(x0, steps, SCHEDULE, prediction, **how))
+    if out is None:
+        return
+    assert all(x.shape == x0.shape and x.dtype == x0.dtype for x in out)
+    if given_noise and prediction in ("eps", "v"):
+        table = torch.tensor(SCHEDULE.noising_table(prediction))
+        right("noising", (x0, steps, table, noise, None, 0), out)
+
+
+@generated
+@given(
+    tensors(), st.integers(-3, 8), st.floats(width=32), tensors() | st.none(), tensors() | st.none()
+)
+def test_group_norm_silu(x, groups, eps, weight, scale):
+    out = refused_clearly(lambda: ops.group_norm_silu(x, groups, weight, None, eps, scale))
+    if out is not None:
+        assert out.shape == x.shape and out.dtype == x.dtype
+
+
+@generated
+@given(
+    st.lists(st.integers(0, 9), min_size=3, max_size=5),
+    st.integers(0, 9),
+    dtypes,
+    st.none() | st.floats(width=32),
+    tensors(),
+)
+def test_attention(shape, keys, dtype, scale, odd):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(shape, generator=generator).to(dtype)
+    k = torch.randn([*shape[:-2], keys, shape[-1]], generator=generator).to(dtype)
+    v = odd if keys == 9 else torch.randn(k.shape, generator=generator).to(dtype)
+    out = refused_clearly(lambda: ops.attention(q, k, v, scale))
+    if out is not None:
+        assert out.shape == q.shape and out.dtype == q.dtype
+        if scale is None or scale < 10:
+            used = shape[-1] ** -0.5 if scale is None else scale
+            right("attention", (q, k, v, used, False), [out])
+
+
+sizes = st.lists(st.integers(-2, 6) | st.sampled_from([2**40, 2**63, -(2**63)]), max_size=4)
+
+
+@generated
+@given(sizes, st.integers(-(2**65), 2**65), st.integers(-3, 2**33), st.integers(-3, 2**64))
+def test_randn(shape, seed, row, first_index):
+    try:
+        out = ops.randn(shape, seed, row=row, first_index=first_index)
+    except REFUSED as error:
+        assert any(name in str(error) for name in ("shape", "seed", "row", "first_index"))
+    except (RuntimeError, MemoryError, OverflowError) as error:  # torch cannot make such a tensor
+        assert max(shape) >= 2**40, error
+    else:
+        assert list(out.shape) == list(shape) and out.isfinite().all()
+        assert torch.equal(out, ops.randn(shape, seed, row=row, first_index=first_index))
+
+
+@generated
+@given(
+    st.none() | st.integers(-3, 70),
+    st.sampled_from(["leading", "trailing", "linspace", "quadratic", "ddim5", "ddim7", "3,4", ""])
+    | st.lists(st.integers(-3, 60), max_size=6),
+    st.integers(-5, 60),
+)
+def test_timesteps(steps, spacing, offset):
+    found = refused_clearly(lambda: SCHEDULE.timesteps(steps, spacing, offset))
+    if found is not None:
+        assert len(found) and (np.diff(found) < 0).all() and 0 <= found[-1] <= found[0] < 50
+        if steps is not None and isinstance(spacing, str):
+            assert len(found) == steps
+        table = tables.ddim(SCHEDULE, found)
+        assert np.isfinite(table.numpy()[:, [3, 4, 7, 8]]).all()
+
+
+@generated
+@given(st.lists(st.floats() | st.integers(-2, 2), max_size=6))
+def test_schedules_of_numbers(values):
+    for make in (NoiseSchedule.from_betas, NoiseSchedule.from_alphas_cumprod):
+        schedule = refused_clearly(lambda make=make: make(values))
+        if schedule is not None:
+            assert np.allclose(schedule.alpha**2 + schedule.sigma**2, 1) and len(values)
+            assert NoiseSchedule.from_json(schedule.to_json()) == schedule
+
+
+ROWS = tables.ddim(SCHEDULE, [40, 20, 0], eta=0.5, prediction="v").to_json()
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(max_size=3) | st.sampled_from(["columns", "name"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@generated
+@given(st.sampled_from([*ROWS["columns"], "name", "init", "columns", "other"]), json_values)
+def test_tables_of_wrong_json(where, value):
+    record = copy.deepcopy(ROWS)
+    (record["columns"] if where in ROWS["columns"] else record)[where] = value
+    table = refused_clearly(lambda: Table.from_json(record))
+    if table is not None:
+        assert len(table) and Table.from_json(json.loads(json.dumps(table.to_json()))) == table
+
+
+@generated
+@given(json_values)
+def test_anything_that_is_json(value):
+    for read in (Table.from_json, NoiseSchedule.from_json):
+        refused_clearly(lambda read=read: read(value))
+
+
+@generated
+@given(
+    st.sampled_from([DDIMSampler, DDPMSampler]), st.integers(-2, 60), names, numbers | st.none(),
+    sizes, st.integers(-3, 9), numbers | st.none(), alike(1),
+)  # fmt: skip
+def test_samplers(kind, steps, prediction, clip, shape, seed, guidance, start):
+    def model(x, t, cond=None):
+        return 0.1 * x
+
+    def call():
+        sampler = kind(SCHEDULE, steps, prediction=prediction, clip=clip)
+        if shape and max(shape) > 6:
+            raise ValueError("shape: the test draws none so large")
+        cond = torch.zeros(max(0, shape[0]) if shape else 0) if guidance is not None else None
+        how = {"uncond": cond, "x_T": start[0] if seed == 3 else None}
+        if kind is DDIMSampler and steps > 40:
+            with pytest.raises((*REFUSED, IndexError)):
+                sampler.step(torch.zeros(1, 1), steps, torch.zeros(1, 1))
+        return sampler.sample(model, shape, seed=seed, cond=cond, guidance=guidance, **how)
+
+    out = refused_clearly(call)
+    if out is not None:
+        assert list(out.shape) == list(shape) and out.dtype == torch.float32
