@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -57,6 +58,7 @@ WALKS = {
     "10 levels, 100 steps each (2019)": ((10, 2.0, 0.02), 100),
     "100 levels, 5 steps each (2020)": ((100, 20.0, 0.02), 5),
 }
+ALONE = "the level 0.02 alone, 500 steps"
 NETWORKS = {"ncsn": "score network", "ddpm": "shipped DDPM network"}
 REAL = "real test images"
 
@@ -207,6 +209,16 @@ def samplers(model: UNet) -> dict[str, Sampler]:
     return made
 
 
+def one_level(model: UNet) -> Sampler:
+    """Langevin dynamics at the least noisy level alone, from noise of the size of the data."""
+    assert model.schedule is not None and model.prediction is not None
+    step = PULL * model.schedule.sigma[0] ** 2
+    alone = LangevinSampler(
+        model.schedule, spacing=[0], prediction=model.prediction, inner=500, step_size=step
+    )
+    return Sampler(replace(alone.table, init=1.0))
+
+
 def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
     for kind in ("exact", "sliced", "denoising"):
         for annealed in (False, True):
@@ -218,7 +230,10 @@ def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
     for key, title in NETWORKS.items():
         model = network() if key == "ncsn" else load("fashion-mnist")
         fast = optimize(model, "bfloat16")
-        for name, sampler in samplers(model).items():
+        ways = samplers(model)
+        if key == "ncsn":
+            ways[ALONE] = one_level(model)
+        for name, sampler in ways.items():
             points.measure(
                 f"{title}, {name}",
                 lambda f=fast, s=sampler: drawn(judge, f, s, images),  # type: ignore[misc]
@@ -266,12 +281,12 @@ def table(points: Mapping[str, Point]) -> list[str]:
             cells = [cell(point, key) for key in ("fd", "precision", "recall")]
             evaluations = point.get("evaluations", "")
             lines.append(f"| {name} | {evaluations} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", VERDICT]
 
 
 def draw(points: Mapping[str, Point], figure: Figure) -> None:
-    figure.set_size_inches(11, 6.5)
-    axes = figure.subplots(2, 4)
+    figure.set_size_inches(12, 5)
+    axes = figure.subplots(2, 4, height_ratios=(3, 1.2))
     for panel, kind in zip(axes[0], ("one level", "annealed"), strict=False):
         point = points[f"2-D, sliced, {kind}"]
         x, y = np.array(point["chains"]).T
@@ -301,6 +316,16 @@ def draw(points: Mapping[str, Point], figure: Figure) -> None:
         title, way = name.split(", ", 1)
         panel.set_title(f"{title}\n{way}: FD {point['fd']:.2f}", fontsize=8)
 
+
+VERDICT = (
+    "In two dimensions the claim holds, with one thing to add: the score of the least noisy "
+    "level is as wrong between the modes with levels as without. What they mend is where chains "
+    "start and part ways, at the noisy levels, whose score is right there. Of images, the least "
+    "noisy level alone, started from noise, does not come to the data; 100 levels of 5 steps "
+    "are better than 10 of 100, at half the work, for both networks. For the score network, "
+    "briefly trained, annealed Langevin dynamics of 501 evaluations is better than DDIM of 50; "
+    "for the shipped network it is worse than DDIM of 10."
+)
 
 CLAIM = Claim(
     name="score_networks",
