@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: sample test bench gpu-check lint aot sanitize clean
+.PHONY: sample test nightly bench gpu-check lint aot sanitize clean
 
 sample: .venv/ready
 	$(BIN)/fastdiff sample --model fashion-mnist --steps 50 --guidance 1 --seed 0 --out samples.png
 
 test: .venv/ready
 	$(BIN)/python -m pytest tests
+
+# generated input, ten thousand examples a call
+nightly: .venv/ready
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_bad_input.py tests/test_bad_files.py
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py --steps 50

@@ -26,6 +26,7 @@ from torch import Tensor
 STAMP = "crc32 %08x of %015d bytes"
 STAMPED = re.compile(rb'\{"__metadata__":\{"fastdiff":"crc32 ([0-9a-f]{8}) of (\d{15}) bytes"')
 CHUNK = 1 << 20
+BOMB_FROM, BOMB_RATIO = 1 << 26, 250  # bytes; images are packed to a hundredth at most
 
 DTYPES = {
     torch.float64: "F64",
@@ -133,6 +134,15 @@ def stamp_of(path: Path) -> str | None:
     with open(path, "rb") as file:
         found = STAMPED.match(file.read(CHUNK), 8)
     return f"crc32 {found[1].decode()} of {found[2].decode()} bytes" if found else None
+
+
+def refuse_bombs(name: str, packed: int, size: int) -> None:
+    """Raise ValueError where `packed` bytes would become so many more that they are no images."""
+    if size > BOMB_FROM and size > BOMB_RATIO * packed:
+        raise ValueError(
+            f"{name}: {packed:,} bytes would become {size:,}: a decompression bomb? "
+            "if it is not, store it uncompressed"
+        )
 
 
 def make_folder(folder: Path) -> None:

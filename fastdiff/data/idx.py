@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import one_of
+from ..files import refuse_bombs
 from .image_set import ImageSet
 
 FASHION_CLASSES = (
@@ -91,7 +93,7 @@ def read_idx(path: str | Path, ndim: int) -> NDArray[np.uint8]:
     try:
         # torch wants memory that may be written: a copy, or a mapping that is copied on a write
         if path.suffix == ".gz":
-            raw = np.frombuffer(bytearray(gzip.decompress(path.read_bytes())), np.uint8)
+            raw = np.frombuffer(_unpacked(path, ndim), np.uint8)
         else:
             raw = np.memmap(path, np.uint8, "c") if path.stat().st_size else np.empty(0, np.uint8)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -114,6 +116,16 @@ def read_idx(path: str | Path, ndim: int) -> NDArray[np.uint8]:
             "truncated? fetch it again"
         )
     return raw[header:].reshape(shape)
+
+
+def _unpacked(path: Path, ndim: int) -> bytearray:
+    """What the gzip file holds, as far as its header says, and one byte more if there is one."""
+    with gzip.open(path) as file:
+        header = bytearray(file.read(4 + 4 * ndim))
+        said = len(header) == 4 + 4 * ndim  # else it is truncated, as the caller says
+        size = math.prod(struct.unpack_from(f">{ndim}I", header, 4)) if said else 0
+        refuse_bombs(str(path), path.stat().st_size, size)
+        return header + file.read(size + 1)
 
 
 def _find(root: Path, name: str) -> Path:
