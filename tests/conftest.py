@@ -1,5 +1,9 @@
 """Fixtures that several files use."""
 
+import os
+
+os.environ.setdefault("FASTDIFF_CACHE", "off")  # of the user's; and every test measures
+
 import pytest
 import torch
 from pretended import pretended_gpu  # noqa: F401

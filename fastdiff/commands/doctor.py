@@ -14,6 +14,7 @@ import torch
 
 from .. import gpu
 from ..checkpoint import ASSETS
+from ..engine import remembered
 from ..op import BACKENDS, missing
 from ..ops import OPS, conv3x3_available
 from ..ops.layout import _C
@@ -67,6 +68,9 @@ def _cpp() -> Iterator[Finding]:
 
 
 def _engine() -> Iterator[Finding]:
+    place = remembered.path()
+    kept = f"remembered in {place}" if place else "not remembered: FASTDIFF_CACHE=off"
+    yield Finding("ok", f"optimize: which kernel is fastest for each layer is {kept}")
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     own = [name for name, dtype in dtypes.items() if conv3x3_available(dtype)]
     if len(own) == len(dtypes):

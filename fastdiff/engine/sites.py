@@ -119,10 +119,10 @@ class Site:
 
     @property
     def signature(self) -> str:
-        """Equal for layers that take the same work: kind, shapes, dtype, threads."""
+        """Equal for layers that take the same work: kind, shapes, dtype."""
         args, kwargs = map_arg((self.node.args, self.node.kwargs), shape)
         kind = getattr(self.target, "__name__", str(self.target))
-        return f"{kind}{args}{kwargs} {self.dtype} {torch.get_num_threads()} threads"
+        return f"{kind}{args}{kwargs} {self.dtype}"
 
     @property
     def flops(self) -> int:

@@ -1,8 +1,9 @@
-"""The choice of a backend for each layer: measured once in the network itself, then kept.
+"""The choice of a backend for each layer: measured once in the network itself, then remembered.
 
 Each round runs the whole network with one backend wherever it is taken, so that a layer is timed
 with its weights and images in the caches, or out of them, as they will be. Layers that take the
-same work share a choice, in every network of the process.
+same work share a choice, in every network, process and number of threads: another would round
+otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from . import remembered
 from .backends import backends
 from .capture import Node
 from .program import Program
@@ -42,6 +44,9 @@ def tune(program: Program) -> dict[Node, str]:
         names = tuple(backends(site, program.memory)) if whole is None else ()
         if len(names) > 1:
             options[node] = site.signature, names
+    if any(option not in _kept for option in options.values()):
+        known = set(_kept)
+        recall([row for row in remembered.read() if (row[0], tuple(row[1])) not in known])
     unknown = {node: option for node, option in options.items() if option not in _kept}
     seconds: dict[tuple[str, tuple[str, ...]], dict[str, float]] = defaultdict(dict)
     rounds = range(max((len(names) for _, names in unknown.values()), default=0))
@@ -57,9 +62,11 @@ def tune(program: Program) -> dict[Node, str]:
             runs += [program.timed() for _ in range(ROUNDS - 1)]
         for (node, _), *times in zip(program.steps, *runs, strict=True):
             if node in unknown and i < len(unknown[node][1]):
-                known, name = seconds[unknown[node]], choices[node]
-                known[name] = known.get(name, 0.0) + statistics.median(times)
+                total, name = seconds[unknown[node]], choices[node]
+                total[name] = total.get(name, 0.0) + statistics.median(times)
         program.weights.trim(SPARE)
-    for option, measured in seconds.items():
-        _kept[option] = min(measured, key=measured.__getitem__)
+    for option, found in seconds.items():
+        _kept[option] = min(found, key=found.__getitem__)
+    if seconds:
+        remembered.write(measured())
     return {node: _kept[option] for node, option in options.items()}
