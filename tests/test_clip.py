@@ -10,7 +10,7 @@ from test_text import SMALL, TOKENS, image
 from test_unet import randomised
 
 from fastdiff import DDIMSampler, DDPMSampler, NoiseSchedule, UNet, ops
-from fastdiff.guidance.clip import clip_gradient
+from fastdiff.guidance.clip import CLIPGuidance
 from fastdiff.models.clip import CLIP, contrastive_loss
 
 T = torch.tensor([0, 431, 999])
@@ -34,11 +34,11 @@ def test_scores_are_the_scaled_cosines_of_all_pairs(clip):
 
 
 def test_fused_blocks_give_the_same_scores_and_gradients(clip):
-    plain = clip_gradient(clip, TOKENS)(image(), T)
+    plain = CLIPGuidance(clip, TOKENS)(image(), T)
     scores = clip(image(), T, TOKENS)
     assert clip.image.fuse_blocks() is clip.image and clip.image.middle_block[1].fused
     torch.testing.assert_close(clip(image(), T, TOKENS), scores, rtol=1e-4, atol=1e-4)
-    fused = clip_gradient(clip, TOKENS)(image(), T)
+    fused = CLIPGuidance(clip, TOKENS)(image(), T)
     torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
 
 
@@ -90,7 +90,7 @@ def test_its_minimum_is_the_ratio_of_the_joint_law_to_the_product():
 def test_the_gradient_is_that_of_the_score_of_its_own_caption(clip):
     """By central differences in float64; a condition that the sampler passes changes nothing."""
     clip, x = clip.double(), image().double()
-    got = clip_gradient(clip, TOKENS)(x, T)
+    got = CLIPGuidance(clip, TOKENS)(x, T)
     direction = torch.randn_like(x)
     h = 1e-5
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_the_gradient_is_that_of_the_score_of_its_own_caption(clip):
         (got * direction).sum((1, 2, 3)), (up - down) / (2 * h), rtol=1e-5, atol=1e-7
     )
     assert not got.requires_grad
-    assert torch.equal(clip_gradient(clip, TOKENS)(x, T, TOKENS.flip(0)), got)
+    assert torch.equal(CLIPGuidance(clip, TOKENS)(x, T, TOKENS.flip(0)), got)
 
 
 MEANS, SPREAD = torch.tensor([-0.8, 0.9], dtype=torch.float64), 0.3
@@ -147,7 +147,7 @@ def test_with_bayes_rule_any_caption_is_reached_from_an_untold_network(steps):
         DDIMSampler(SCHEDULE, steps, 0.0, "trailing", classifier_scale=s) for s in (0.0, 1.0)
     )
     expected = plain.sample(told, **how)
-    got = guided.sample(untold, **how, gradient=clip_gradient(Bayes(), tokens))
+    got = guided.sample(untold, **how, gradient=CLIPGuidance(Bayes(), tokens))
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     assert (plain.sample(untold, **how) - expected).abs().max() > 0.1
 
@@ -157,7 +157,7 @@ def test_a_step_of_a_learned_variance_is_shifted_as_glide_has_it(clip, w):
     """Told captions and guided, by CLIP alone or by both; the textbook's loop is in oracles.py."""
     config = dataclasses.replace(SMALL, learned_variance=True)
     model = randomised(UNet(config))
-    guide = clip_gradient(clip, TOKENS)
+    guide = CLIPGuidance(clip, TOKENS)
 
     def told(x, t):
         x, when = x.float(), torch.full((3,), int(t))
@@ -214,10 +214,10 @@ def made(**change):
         (lambda c: made(vocabulary=None), ValueError, "vocabulary=None: must be given"),
         (lambda c: made(guidance_max=2.0), ValueError, "guidance_max=2.0: must be None"),
         (lambda c: c(image(), T, TOKENS[:, :3]), ValueError, "tokens of shape (3, 3): must be"),
-        (lambda c: clip_gradient(c, TOKENS + 18), ValueError, "tokens with tokens 18 .. 27"),
-        (lambda c: clip_gradient(c, TOKENS.int()), TypeError, "tokens of dtype torch.int32"),
+        (lambda c: CLIPGuidance(c, TOKENS + 18), ValueError, "tokens with tokens 18 .. 27"),
+        (lambda c: CLIPGuidance(c, TOKENS.int()), TypeError, "tokens of dtype torch.int32"),
         (
-            lambda c: clip_gradient(c, TOKENS[:2])(image(), T),
+            lambda c: CLIPGuidance(c, TOKENS[:2])(image(), T),
             ValueError,
             "tokens: are of 2 captions, x of 3 samples",
         ),

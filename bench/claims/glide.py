@@ -23,7 +23,7 @@ from fastdiff.data import ImageSet, fashion_mnist
 from fastdiff.data.captions import LENGTH, WORDS, Captions, tokenize
 from fastdiff.evaluate import balanced, describe, framed
 from fastdiff.files import read_tensors, write_tensors
-from fastdiff.guidance.clip import clip_gradient
+from fastdiff.guidance.clip import CLIPGuidance
 from fastdiff.images import to_uint8
 from fastdiff.losses import UniformTimesteps
 from fastdiff.models.clip import CLIP, contrastive_loss
@@ -160,7 +160,7 @@ def measure(points: Points, count: int, seeds: Sequence[int]) -> None:
                 seed,
                 cond=tokens,
                 guidance=w or None,
-                gradient=clip_gradient(clip, tokens) if scale else None,
+                gradient=CLIPGuidance(clip, tokens) if scale else None,
                 first_index=first,
             )
             images.append(to_uint8(x))

@@ -22,16 +22,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.claims.claim import RUNS, Claim, Point, Points, mean_and_spread, plus_minus
+from bench.claims import networks
+from bench.claims.claim import Claim, Point, Points, mean_and_spread, plus_minus
 from bench.claims.quality import Quality, quality
 from fastdiff import (
     DDIMSampler,
     LangevinSampler,
     NoiseSchedule,
-    TrainConfig,
-    Trainer,
     UNet,
-    UNetConfig,
     load,
     optimize,
 )
@@ -167,21 +165,11 @@ def network() -> UNet:
 
     What it predicts is eps = -sigma score: the score network is s(x) / sigma ("technique 3").
     """
-    out = RUNS / "score-network"
-    if not (out / "config.json").is_file():
-        model = UNet(
-            UNetConfig(
-                image_size=32, in_channels=1, patch_size=2, channels=32, channel_mult=(1, 2, 4),
-                num_res_blocks=1, attention_resolutions=(8,), head_channels=32, norm_groups=8,
-            )
-        )  # fmt: skip
-        config = TrainConfig(
-            steps=3000, batch_size=64, lr=1e-3, warmup=200, decay="cooldown", prediction="eps",
-            bf16=True, save_every=500,
-        )  # fmt: skip
-        trainer = Trainer(model, SCHEDULE, fashion_mnist(pad=2), config, out)
-        trainer.fit(resume=trainer.store.exists())
-    return load(out)
+    config = replace(
+        networks.QUICK, steps=3000, batch_size=64, warmup=200, prediction="eps", ema=0.999
+    )
+    shape = replace(networks.SMALL, num_classes=None)
+    return networks.trained("score-network", shape, SCHEDULE, config)
 
 
 def nearest(schedule: NoiseSchedule, many: int, high: float, low: float) -> list[int]:
