@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: sample test nightly bench gpu-check lint aot sanitize clean
+.PHONY: sample test nightly bench bench-readme gpu-check lint aot sanitize clean
 
 sample: .venv/ready
 	$(BIN)/fastdiff sample --model fashion-mnist --steps 50 --guidance 1 --seed 0 --out samples.png
@@ -16,6 +16,10 @@ nightly: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py --steps 50
+
+# measures the README's figures again; fails where a ratio falls below what it says
+bench-readme: .venv/ready
+	$(BIN)/python bench/run.py --steps 50 --readme
 
 gpu-check: .venv/ready
 	$(BIN)/python -m bench.gpu_check

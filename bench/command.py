@@ -26,11 +26,13 @@ MINUTES = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, measure, report. 0: done; 1: a kernel is wrong, or with --check a bar is not met."""
+    """Check, measure, report. 0: done; 1: a kernel is wrong, or --check or --readme misses."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.check and args.quick:
         parser.error("--check: needs the full sizes; leave out --quick")
+    if args.readme and (args.quick or args.device != "cpu"):
+        parser.error("--readme: its figures are the CPU's, of the full sizes")
     if args.check and args.device != "cpu":
         parser.error("--check: the requirements are the CPU's; leave out --check")
     if lacking := [name for name in NEEDS if not importlib.util.find_spec(name)]:
@@ -52,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         kernels,
         networks,
         picture,
+        readme,
         report,
         training,
     )
@@ -85,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     verdicts = [met for s in sections for _, met in report.bars(s, records)]
     if required:
         print(f"{sum(verdicts)} of {len(verdicts)} requirements met")
-    wrong = refused or any(r.note.startswith("refused") for r in records)
+    below = readme.fallen(records, sections) if args.readme else []
+    print(*below, sep="\n", end="\n" if below else "")
+    wrong = refused or below or any(r.note.startswith("refused") for r in records)
     return int(bool(wrong) or (args.check and not all(verdicts)))
 
 
@@ -110,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--threads", type=_positive, help="of torch and of the kernels (default: torch's)")
     add("--check", action="store_true", help="exit with 1 if a requirement is not met")
+    add("--readme", action="store_true", help="exit with 1 if a ratio is below the README's")
     return parser
 
 

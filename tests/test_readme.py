@@ -28,3 +28,30 @@ def test_the_migration_page_runs():
 
 def test_there_are_blocks():
     assert len(BLOCKS) >= 3
+
+
+def test_every_ratio_that_the_bench_knows_is_printed():
+    import benches  # noqa: F401, which sets the path
+
+    from bench import readme
+
+    text = readme.README.read_text()
+    assert len(readme.CELLS) > 30 and all(cell.ratio(text) > 1 for cell in readme.CELLS)
+
+
+def test_a_ratio_below_the_readme_is_told():
+    import benches  # noqa: F401, which sets the path
+
+    from bench import readme
+    from bench.records import Record
+
+    cell = readme.CELLS[0]
+    printed = cell.ratio(readme.README.read_text())
+
+    def measured(ratio):
+        return Record(cell.section, cell.row, cell.provider, "", 1.0, ratio=ratio)
+
+    said = readme.fallen([measured(0.9 * printed)], [cell.section])
+    assert any(f"README says {printed:g} x {cell.provider}, now" in line for line in said)
+    rest = readme.fallen([measured(0.99 * printed)], [cell.section])
+    assert len(rest) == len(said) - 1 and all("not measured" in line for line in rest)

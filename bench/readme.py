@@ -1,0 +1,114 @@
+"""The ratios that the README prints, each with the record that it stands on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import drop_in, end_to_end, kernels, networks, peers, runtimes, training
+from .bars import by_row
+from .records import Record
+
+README = Path(__file__).parents[1] / "README.md"
+SLACK = 0.95  # of a printed ratio, which a run may fall to by its noise
+NUMBER = re.compile(r"\d+(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A ratio in a table of the README: the table's first heading, a row's, the column from 0."""
+
+    section: str
+    table: str
+    line: str
+    column: int
+    row: str
+    provider: str
+
+    def ratio(self, text: str) -> float:
+        """What the README prints there.
+
+        Raises:
+            LookupError: it has no such cell.
+        """
+        table = text[text.index(f"\n| {self.table}") :].split("\n\n")[0]
+        lines = [line for line in table.splitlines() if line.startswith(f"| {self.line} |")]
+        if len(lines) != 1:
+            raise LookupError(f"{self.table}: has {len(lines)} rows {self.line!r}")
+        found = NUMBER.search(lines[0].strip("| ").split("|")[self.column])
+        if found is None:
+            raise LookupError(f"{self.table}, {self.line}: has no number in column {self.column}")
+        return float(found[0])
+
+
+def _networks() -> Iterator[Cell]:
+    labels = ("batch 16, float32", "batch 16, bfloat16", "batch 1, float32", "batch 1, bfloat16")
+    providers = ("OpenVINO", "torch.compile", "ONNX Runtime", runtimes.EAGER.name)
+    for label, row in zip(labels, networks.ROWS, strict=True):
+        for column, provider in enumerate(providers, 2):
+            if provider != "ONNX Runtime" or "float32" in label:
+                yield Cell(networks.SECTION, "| `optimize`", label, column, row.title, provider)
+    loop = "8 guided images, DDIM, a step"
+    for column, provider in enumerate(providers, 2):
+        row = end_to_end.CIFAR.title
+        yield Cell(end_to_end.SECTION, "| `optimize`", loop, column, row, provider)
+
+
+def _drop_in() -> Iterator[Cell]:
+    table = 'two cores, `python bench/run.py --only "drop in"`'
+    titles = [row.title for row in drop_in.PIPELINES]
+    titles += [f"a training step of UNet2DModel, {dtype}" for dtype in ("fp32", "bf16")]
+    lines = (
+        "DDIMPipeline, CIFAR-10 network, batch 4, float32, a step",
+        "the same, bfloat16",
+        "a training step, UNet2DModel, batch 32, float32",
+        "the same, bfloat16 autocast",
+    )
+    for line, title in zip(lines, titles, strict=True):
+        yield Cell(drop_in.SECTION, table, line, 2, title, peers.EAGER)
+    for line, scheduler in (
+        ("DDIMScheduler.step, 1x4x64x64", "DDIMScheduler"),
+        ("DPMSolverMultistepScheduler.step", "DPMSolverMultistepScheduler"),
+        ("DDPMScheduler.step, of which torch's randn 42 us", "DDPMScheduler"),
+    ):
+        yield Cell(drop_in.SECTION, table, line, 2, f"{scheduler}.step", peers.EAGER)
+
+
+def _kernels() -> Iterator[Cell]:
+    for line, row in (
+        ("step as DDIM", "step as DDIM"),
+        ("step as DDPM, noise made inside", "step as DDPM, noise made"),
+        ("step as DDIM, guidance fused", "step as DDIM, guided"),
+        ("step, learned variance, noise made inside", "step, learned range"),
+        ("noising with noise and v-target", "noising, noise made, v"),
+    ):
+        table = "16x3x256x256, float32"
+        yield Cell(kernels.SECTION, table, line, 3, row, peers.EAGER)
+        yield Cell(kernels.SECTION, table, line, 6, row + kernels.IN_CACHE, peers.EAGER)
+
+
+def _training() -> Iterator[Cell]:
+    for line, row in zip(("bfloat16 autocast", "float32"), training.ROWS, strict=True):
+        cell = Cell(training.SECTION, "| fastdiff | images", line, 3, row.title, training.DIFFUSERS)
+        yield cell
+
+
+CELLS = (*_networks(), *_drop_in(), *_kernels(), *_training())
+
+
+def fallen(records: Iterable[Record], sections: Iterable[str]) -> list[str]:
+    """The README's ratios that the records do not reach, or lack: a line each."""
+    found, text, said = by_row(records), README.read_text(), []
+    for cell in CELLS:
+        if cell.section not in sections:
+            continue
+        printed, record = cell.ratio(text), found.get((cell.row, cell.provider))
+        if record is None or not record.ratio:
+            said.append(f"{cell.row}: README says {printed:g} x {cell.provider}; not measured")
+        elif record.ratio < SLACK * printed:
+            said.append(
+                f"{cell.row}: README says {printed:g} x {cell.provider}, now {record.ratio:.3g}"
+            )
+    return said
