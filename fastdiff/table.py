@@ -131,15 +131,17 @@ class Table:
         where sigma is the noise level sigma_t / alpha_t (Kynkaanniemi et al. 2024, "Applying
         Guidance in a Limited Interval"). hi may be inf.
         """
-        return replace(self, w=np.where(self._inside(interval), np.asarray(w, np.float64), 0.0))
+        if interval is not None:
+            w = np.where(self._inside(interval), np.asarray(w, np.float64), 0.0)
+        return replace(self, w=w)
 
     def with_classifier_in(self, interval: tuple[float, float]) -> Table:
         """The same table, whose classifier shifts only rows with lo < sigma <= hi."""
         return replace(self, q=np.where(self._inside(interval), self.q, 0.0))
 
-    def _inside(self, interval: tuple[float, float] | None) -> NDArray[np.bool_]:
-        low, high = (-math.inf, math.inf) if interval is None else interval
-        if interval is not None and not 0 <= low < high:
+    def _inside(self, interval: tuple[float, float]) -> NDArray[np.bool_]:
+        low, high = interval
+        if not 0 <= low < high:
             raise ValueError(f"interval={interval}: must be (lo, hi) with 0 <= lo < hi")
         return (self.sigma > low) & (self.sigma <= high)
 

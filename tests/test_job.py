@@ -231,15 +231,16 @@ def test_another_set_is_not_mixed_in(tmp_path):
 
 def test_a_full_disk_is_named_and_the_same_call_goes_on(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    how = {"num": 800, "per_shard": 400}
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    shards = of(tmp_path, num=20_000, per_shard=20_000)
+    job = shards, model, SAMPLER, LABELS, None, 5, 1000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"shard-000000.*not written.*make room"):
-            drawn(tmp_path, **how)
+            fill(*job)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob("shard-*"))
-    assert drawn(tmp_path, **how) == 800
+    assert fill(*job) == 20_000
 
 
 def test_the_readers_give_every_image_once(tmp_path):

@@ -124,12 +124,13 @@ class Claim:
         if not record["finished"]:
             return []
         points, facts = record["points"], record["facts"]
+        threads = record["machine"]["threads"]
         minutes = sum(point["seconds"] for point in points.values()) / 60
         lines = ["", f"## {self.title}", "", self.says, ""]
         lines += [
             f"`python bench/claims/{self.name}.py`: {facts['images']:,} images a set, "
             f"{facts['seeds']} seed{'s' if facts['seeds'] > 1 else ''} a point, {minutes:.0f} "
-            f"minutes on {torch.get_num_threads()} threads.",
+            f"minutes on {threads} thread{'s' if threads > 1 else ''}.",
             "",
         ]
         lines += self.table(points)

@@ -140,7 +140,7 @@ def _draw(
     shape = tuple(shape)
     if not shape or any(s < 0 for s in shape):
         raise ValueError(f"shape={shape}: must be [B, ...] with no negative size")
-    if math.prod(s or 1 for s in shape) >= 1 << 61:
+    if max(shape) >= 1 << 61 or math.prod(shape) >= 1 << 61:
         raise ValueError(f"shape={shape}: has more elements than memory has addresses")
     if math.prod(shape[1:]) > _LARGEST_SAMPLE:
         raise ValueError(f"shape={shape}: a sample can have at most 2^34 elements")
