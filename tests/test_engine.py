@@ -15,6 +15,7 @@ import fastdiff
 from fastdiff import DDIMSampler, NoiseSchedule, optimize
 from fastdiff.engine import Engine
 from fastdiff.engine.optimize import compiled
+from fastdiff.models.network import Network
 
 
 def relative(a, b):
@@ -55,7 +56,6 @@ def test_other_machines_are_served_by_onednn_and_torch(isa):
 import copy, torch
 from networks import inputs, network, run
 from fastdiff import optimize
-from fastdiff.models.network import Network
 for name in ("adm", "UNet2DConditionModel"):
     model, args = network(name), inputs(name)
     truth = run(copy.deepcopy(model).double(), *args, dtype=torch.float64)
