@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,10 @@ def table(points: Mapping[str, Point]) -> list[str]:
     lines.append(f"| CIFAR-10 as published | {' | '.join(f'{v:g}' for v in PUBLISHED)} |")
     off = [points[f"the same noise, {s} steps"]["off"] for s in STEPS[:-1]]
     lines.append(f"| the same noise | {' | '.join(f'{v:.2g}' for v in off)} | |")
-    return lines
+    errors = [p["error"] for p in rows]
+    falls = all(a > b for a, b in pairwise(errors)) and all(a > b for a, b in pairwise(off))
+    said = "**The claim holds here**" if falls else "**The claim fails here**"
+    return [*lines, "", f"{said}: both errors {'fall' if falls else 'do not always fall'} with S."]
 
 
 def draw(points: Mapping[str, Point], figure: Figure) -> None:

@@ -121,7 +121,31 @@ def table(points: Mapping[str, Point]) -> list[str]:
             f"| {p['kind']} | {p['weight']:g} | {plus_minus(p['fd'], p['fd_sd'])} | "
             f"{p['precision']:.3f} | {p['recall']:.3f} | {p['accuracy']:.1%} |"
         )
-    return lines
+    return [*lines, "", verdict(points)]
+
+
+def verdict(points: Mapping[str, Point]) -> str:
+    by = {kind.name: [p for p in points.values() if p["kind"] == kind.name] for kind in KINDS}
+    free, middle, classifier = by[KINDS[0].name], by[KINDS[1].name], by[KINDS[2].name]
+    trades = all(
+        rows[0]["precision"] < rows[-1]["precision"] and rows[0]["recall"] > rows[-1]["recall"]
+        for rows in (free, classifier)
+    )
+    best, other = (min(rows, key=lambda p: p["fd"]) for rows in (free, classifier))
+    kept, whole = middle[0], next(p for p in free if p["weight"] == middle[0]["weight"])
+    said = [
+        f"{way}, precision goes from {rows[0]['precision']:.3f} to {rows[-1]['precision']:.3f} and "
+        f"recall from {rows[0]['recall']:.3f} to {rows[-1]['recall']:.3f}"
+        for way, rows in (("Without a classifier", free), ("With one", classifier))
+    ]
+    return (
+        f"{'. '.join(said)}, from the smallest weight to the largest: **the claim "
+        f"{'holds' if trades else 'fails'} here**. At weight {whole['weight']:g} the middle noise "
+        f"levels alone have FD {kept['fd']:.3g} and recall {kept['recall']:.3f}, all levels "
+        f"{whole['fd']:.3g} and {whole['recall']:.3f}. The best FD with a classifier is "
+        f"{other['fd']:.3g} (class accuracy {other['accuracy']:.1%}), without one "
+        f"{best['fd']:.3g} ({best['accuracy']:.1%})."
+    )
 
 
 def draw(points: Mapping[str, Point], figure: Figure) -> None:

@@ -97,7 +97,21 @@ def table(points: Mapping[str, Point]) -> list[str]:
             for s in (100, FULL)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    return [*lines, "", verdict(many, few)]
+
+
+def verdict(many: dict[str, dict[int, Point]], few: dict[str, dict[int, Point]]) -> str:
+    def order(found: dict[str, dict[int, Point]], steps: int) -> list[str]:
+        return sorted(ETAS, key=lambda name: found[name][steps]["fd"])
+
+    first, last = order(many, STEPS[0]), order(few, FULL)
+    early = (first[0], first[-1]) == ("eta 0", "sigma-hat")
+    late = last[0] == "sigma-hat"
+    return (
+        f"At {STEPS[0]} steps {first[0]} is the best and {first[-1]} the worst: that part "
+        f"**{'holds' if early else 'does not hold'} here**. At {FULL} steps {last[0]} is the best "
+        f"and {last[-1]} the worst: that part **{'holds' if late else 'does not hold'} here**."
+    )
 
 
 def draw(points: Mapping[str, Point], figure: Figure) -> None:
