@@ -36,7 +36,7 @@ TESTS = (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 15, 16, 17, 100, 101, 102, 200, 20
 TESTS += (205, 206, 207, 208, 209)
 LINE = re.compile(r"^\s*(\w+)\|\s*(\d+)\|\s*(\d+)\|\s*(\d+)\|([\d.]+)\|\s*(\w+)", re.MULTILINE)
 BLOCK, SAMPLES = 1 << 22, 4096
-NORMALS = 10**9
+NORMALS, SEEDS = 10**9, (1, 42)
 TAILS = (1, 2, 3, 4, 5, 6)
 
 
@@ -106,7 +106,7 @@ def dieharder(stream: Callable[[], Iterator[Tensor]], test: int) -> Point:
     }
 
 
-def normals() -> Point:
+def normals(seed: int) -> Point:
     """Moments, distribution and tails of 10^9 normals, each beside its expectation and spread."""
     bins = 1 << 16
     counts = torch.zeros(bins, dtype=torch.int64)
@@ -114,7 +114,7 @@ def normals() -> Point:
     beyond = torch.zeros(len(TAILS), dtype=torch.int64)
     done, row, largest = 0, 0, 0.0
     while done < NORMALS:
-        z = ops.randn((16, BLOCK // 16), 1, row=row).flatten()[: NORMALS - done].double()
+        z = ops.randn((16, BLOCK // 16), seed, row=row).flatten()[: NORMALS - done].double()
         square = z.square()
         moments += torch.stack((z.sum(), square.sum(), (square * z).sum(), square.square().sum()))
         beyond += torch.stack([(z.abs() > k).sum() for k in TAILS])
@@ -187,8 +187,8 @@ def document(points: Mapping[str, Point]) -> str:
             cells = [_said(p) for p in row]
             name = next(p["name"] for p in row if p)
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    if "normals" in points:
-        lines += _normals(points["normals"])
+    for seed in SEEDS:
+        lines += _normals(seed, points[f"normals, seed {seed}"])
     if "correlations" in points:
         p = points["correlations"]
         lines += [
@@ -217,11 +217,11 @@ def _said(p: Point | None) -> str:
     )  # fmt: skip
 
 
-def _normals(p: Point) -> list[str]:
+def _normals(seed: int, p: Point) -> list[str]:
     names = ("mean", "variance - 1", "third moment", "fourth moment - 3")
     return [
         "",
-        "## 1,000,000,000 normals",
+        f"## 1,000,000,000 normals, seed {seed}",
         "",
         "| | found | in standard deviations |",
         "|---|---:|---:|",
@@ -250,7 +250,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tests", type=int, nargs="*", default=list(TESTS), help="dieharder's -d")
     args: Any = parser.parse_args(argv)
     points = Points(args.out / "noise.json", {})
-    points.measure("normals", normals)
+    for seed in SEEDS:
+        points.measure(f"normals, seed {seed}", partial(normals, seed))
     points.measure("correlations", correlations)
     if args.tests and shutil.which("dieharder") is None:
         raise SystemExit("dieharder: not found; apt install dieharder, or --tests with none")

@@ -85,7 +85,11 @@ def right(op, inputs, outputs):
                        and x.is_floating_point()), default=0.0)  # fmt: skip
         if math.isfinite(largest) and largest < 1e4:
             torch.testing.assert_close(
-                out.double(), wanted.double(), rtol=8 * eps, atol=8 * eps * (1 + largest) ** 2
+                out.double(),
+                wanted.double(),
+                rtol=8 * eps,
+                atol=8 * eps * (1 + largest) ** 2,
+                equal_nan=True,
             )
 
 
