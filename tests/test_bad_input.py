@@ -127,7 +127,7 @@ def test_noising(pair, odd, t, prediction, seed, given_noise):
     if out is None:
         return
     assert all(x.shape == x0.shape and x.dtype == x0.dtype for x in out)
-    if given_noise and prediction in ("eps", "v"):
+    if given_noise and noise is not None and prediction in ("eps", "v"):
         table = torch.tensor(SCHEDULE.noising_table(prediction))
         right("noising", (x0, steps, table, noise, None, 0), out)
 
@@ -140,6 +140,9 @@ def test_group_norm_silu(x, groups, eps, weight, scale):
     out = refused_clearly(lambda: ops.group_norm_silu(x, groups, weight, None, eps, scale))
     if out is not None:
         assert out.shape == x.shape and out.dtype == x.dtype
+        given = x.clone().requires_grad_()
+        ops.group_norm_silu(given, groups, weight, None, eps, scale).sum().backward()
+        assert given.grad.shape == x.shape
 
 
 @generated

@@ -115,6 +115,11 @@ def _described(
 def _by_copy(grad: Tensor, x: Tensor, *args: Any) -> None:
     """For gradients that do not lie as x does, and for layouts that no network has."""
     grad_x = args[8]
+    if not x.numel():  # which no layout walks
+        for out in args[8:]:
+            if out is not None:
+                out.zero_()
+        return
     if not walked(x):
         x = x.contiguous()
     grad, to = torch.empty_like(x).copy_(grad), torch.empty_like(x)
