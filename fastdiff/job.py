@@ -118,8 +118,16 @@ def _begin(shards: Shards, progress: bool) -> tuple[list[int], Any]:
         if shards.path(k).exists():
             tqdm.write(f"{why}. It is drawn again")
             shards.path(k).unlink()
-    path = shards.folder / CHOICES
-    return list(missing), json.loads(path.read_text()) if path.is_file() else None
+    path, choices = shards.folder / CHOICES, None
+    if path.is_file():
+        try:
+            choices = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(
+                f"{path}: damaged; without it images round otherwise: restore it, or begin another "
+                "folder"
+            ) from None
+    return list(missing), choices
 
 
 def _settle(

@@ -1,8 +1,15 @@
-"""What the tests of the ops share: every case."""
+"""What tests share: every case of every op, and a mark for those that need all of the data."""
+
+from pathlib import Path
 
 import pytest
 
 from fastdiff.ops import OPS
+
+needs_data = pytest.mark.skipif(
+    not Path("/usr/share/datasets/fashion-mnist").is_dir(),
+    reason="needs the Debian package dataset-fashion-mnist",
+)
 
 CASES = [
     pytest.param(op, case, id=f"{op.name}-{case.name}")

@@ -2,20 +2,13 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import benches  # noqa: F401, which sets the path
 import pytest
 import torch
+from helpers import needs_data
 
 from bench.claims import glide
-
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-
-
-needs_data = pytest.mark.skipif(
-    not DEBIAN.is_dir(), reason="needs the Debian package dataset-fashion-mnist"
-)
 
 
 @needs_data

@@ -6,6 +6,7 @@ import json
 import benches  # noqa: F401, which sets the path
 import pytest
 import torch
+from helpers import needs_data
 
 from bench.claims import claim, consistency, quality
 from bench.claims.claim import CLAIMS, DOCS, Claim, Points, document
@@ -64,6 +65,7 @@ def test_the_page_is_the_claims(tmp_path):
     assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
 
 
+@needs_data
 def test_a_claim_measured_for_real(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(consistency, "STEPS", (5, 20))
     monkeypatch.setattr(consistency, "PUBLISHED", (0.1, 0.01))
@@ -77,6 +79,7 @@ def test_a_claim_measured_for_real(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "results" / "consistency.png").stat().st_size > 1000
 
 
+@needs_data
 def test_quality_knows_real_images_from_noise():
     judge = quality.quality(100)
     noise = torch.randint(256, (100, 1, 32, 32), dtype=torch.uint8)

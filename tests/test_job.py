@@ -255,3 +255,10 @@ def test_the_readers_give_every_image_once(tmp_path):
     found = sorted((x.flatten().tolist(), int(y)) for x, y in loaded)
     assert found == sorted((x.flatten().tolist(), int(y)) for x, y in alone)
     assert export_png(tmp_path, tmp_path / "png") == NUM == len(list((tmp_path / "png").iterdir()))
+
+
+def test_damaged_choices_of_the_engine_are_named(tmp_path):
+    drawn(tmp_path)
+    (tmp_path / "engine.json").write_text("[[")
+    with pytest.raises(ValueError, match=r"engine\.json: damaged"):
+        drawn(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -60,7 +60,7 @@ def steps_within(seconds: float, shape: UNetConfig, config: TrainConfig) -> int:
 
 
 def _trainer(
-    shape: UNetConfig, schedule: NoiseSchedule, config: TrainConfig, folder: object
+    shape: UNetConfig, schedule: NoiseSchedule, config: TrainConfig, folder: str | Path
 ) -> Trainer:
     torch.manual_seed(config.seed)
-    return Trainer(UNet(shape), schedule, fashion_mnist(pad=2), replace(config), str(folder))
+    return Trainer(UNet(shape), schedule, fashion_mnist(pad=2), config, folder)

@@ -211,7 +211,7 @@ def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
     for kind in ("exact", "sliced", "denoising"):
         for annealed in (False, True):
             name = f"2-D, {kind}, {'annealed' if annealed else 'one level'}"
-            points.measure(name, lambda k=kind, a=annealed: two_dimensions(k, a, seeds))  # type: ignore[misc]
+            points.measure(name, lambda k=kind, a=annealed: two_dimensions(k, a, seeds))
     judge = quality(images)
     test = fashion_mnist(split="test")
     points.measure(REAL, lambda: judge.of(test.images[:images]))
@@ -224,7 +224,7 @@ def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
         for name, sampler in ways.items():
             points.measure(
                 f"{title}, {name}",
-                lambda f=fast, s=sampler: drawn(judge, f, s, images),  # type: ignore[misc]
+                lambda f=fast, s=sampler: drawn(judge, f, s, images),
             )
 
 
