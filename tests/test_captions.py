@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from helpers import needs_data
 
 from fastdiff.data import fashion_mnist
 from fastdiff.data.captions import (
@@ -74,6 +75,7 @@ def test_thirds_are_those_of_the_class(boxes):
     )
 
 
+@needs_data
 def test_fashion_mnist_has_all_captions_about_equally_often_and_framing_changes_none():
     data = fashion_mnist(split="train")
     captions = Captions(data.images, data.labels)
