@@ -44,7 +44,7 @@ def test_a_stopped_script_goes_on(tmp_path, monkeypatch, capsys):
         made.main(["--images", "3", "--out", str(tmp_path)])
     assert made.main(["--images", "3", "--out", str(tmp_path)]) == 0 and done == [0, 1, 2]
     page = made.section(tmp_path)
-    assert page[1] == "## A title" and "3 points" in page and "3 images a set" in "".join(page)
+    assert page[1] == "## A title" and "3 points" in page and "3 images of 5 seeds" in "".join(page)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -88,5 +88,15 @@ def test_quality_knows_real_images_from_noise():
     order = quality.balanced(real.labels)[:100]
     good = judge.of(real.images[order], real.labels[order])
     assert good["fd"] < 2 and good["accuracy"] > 0.8
-    twice = judge.over([0, 1], lambda seed, labels, count: noise if seed else real.images[order])
-    assert twice["fd_sd"] > 1
+    half = {0: real.images[order][:50], 1: real.images[order][50:], 2: noise[:50]}
+    alike, apart = (judge.over(k, lambda seed, *_: half[seed]) for k in ([0, 1], [0, 2]))
+    assert 0 < alike["fd_sd"] < 1 < apart["fd_sd"]
+    assert alike["fd"] == judge.of(real.images[order])["fd"]
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    sets = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    without = [(sets.sum() - part.sum()).item() / 160 for part in sets]
+    _, error = claim.jackknifed(sets.mean().item(), without)
+    assert error == pytest.approx(sets.mean(1).std().item() / 5**0.5)
+    assert claim.jackknifed(1.5, []) == (1.5, 0.0)

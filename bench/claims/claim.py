@@ -84,7 +84,7 @@ class Claim:
         measure: measures the points: measure(points, images, seeds).
         table: the points as lines of Markdown, and what they say of the claim.
         draw: the points as a picture, or None.
-        images, seeds: how many images a set has, and from how many seeds, by default.
+        images, seeds: how many images a point has, drawn in sets of so many seeds, by default.
     """
 
     name: str
@@ -94,13 +94,15 @@ class Claim:
     table: Callable[[Mapping[str, Point]], list[str]]
     draw: Callable[[Mapping[str, Point], Figure], None] | None = None
     images: int = 10_000
-    seeds: int = 1
+    seeds: int = 5
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run it as a command."""
         parser = argparse.ArgumentParser(description=f"{self.title} {self.says}")
-        parser.add_argument("--images", type=int, default=self.images, help="a set of them")
-        parser.add_argument("--seeds", type=int, default=self.seeds, help="sets a point")
+        parser.add_argument("--images", type=int, default=self.images, help="a point")
+        parser.add_argument(
+            "--seeds", type=int, default=self.seeds, help="that they are drawn from"
+        )
         parser.add_argument("--out", type=Path, default=DOCS, help="of results.md and results/")
         args = parser.parse_args(argv)
         facts = {"images": args.images, "seeds": args.seeds}
@@ -128,8 +130,8 @@ class Claim:
         minutes = sum(point["seconds"] for point in points.values()) / 60
         lines = ["", f"## {self.title}", "", self.says, ""]
         lines += [
-            f"`python bench/claims/{self.name}.py`: {facts['images']:,} images a set, "
-            f"{facts['seeds']} seed{'s' if facts['seeds'] > 1 else ''} a point, {minutes:.0f} "
+            f"`python bench/claims/{self.name}.py`: {facts['images']:,} images of "
+            f"{facts['seeds']} seed{'s' if facts['seeds'] > 1 else ''}, {minutes:.0f} "
             f"minutes on {threads} thread{'s' if threads > 1 else ''}.",
             "",
         ]
@@ -151,6 +153,17 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     """The mean over seeds, and their standard deviation (0 of one)."""
     found = torch.tensor(values, dtype=torch.float64)
     return found.mean().item(), found.std().item() if len(values) > 1 else 0.0
+
+
+def jackknifed(whole: float, without: Sequence[float]) -> tuple[float, float]:
+    """A figure of the whole, and its standard error from those without one set each (Tukey 1958).
+
+    Unlike the spread over sets alone it is that of the whole, at the whole's bias; 0 of one set.
+    """
+    if len(without) < 2:
+        return whole, 0.0
+    found = torch.tensor(without, dtype=torch.float64)
+    return whole, ((len(without) - 1) * found.var(correction=0)).sqrt().item()
 
 
 def plus_minus(mean: float, spread: float, digits: int = 3) -> str:

@@ -123,6 +123,7 @@ CLAIM = Claim(
     table=table,
     draw=draw,
     images=500,
+    seeds=1,
 )
 
 if __name__ == "__main__":

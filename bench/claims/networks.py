@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ SMALL = UNetConfig(
     num_classes=10,
     norm_groups=8,
 )
+ROUNDS = 8  # of measuring rates
 QUICK = TrainConfig(
     steps=1500,
     batch_size=128,
@@ -46,17 +48,21 @@ def trained(name: str, shape: UNetConfig, schedule: NoiseSchedule, config: Train
     return load(folder)
 
 
-def steps_within(seconds: float, shape: UNetConfig, config: TrainConfig) -> int:
-    """Steps of training that take this long here, by the median of a few."""
+def steps_within(seconds: float, shapes: Sequence[UNetConfig], config: TrainConfig) -> list[int]:
+    """Steps of training that take this long here, of each: medians, measured in turns."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(shape, NoiseSchedule.cosine(1000), config, folder)
-        trainer.model.train()
-        took = []
-        for _ in range(14):
-            start = time.perf_counter()
-            trainer._train_step()
-            took.append(time.perf_counter() - start)
-    return int(seconds / torch.tensor(took[4:]).median().item())
+        schedule = NoiseSchedule.cosine(1000)
+        trainers = [_trainer(shape, schedule, config, folder) for shape in shapes]
+        took: list[list[float]] = [[] for _ in shapes]
+        for _ in range(ROUNDS):
+            for trainer, times in zip(trainers, took, strict=True):
+                trainer.model.train()
+                trainer._train_step()  # the first after another's finds a cold cache
+                for _ in range(3):
+                    start = time.perf_counter()
+                    trainer._train_step()
+                    times.append(time.perf_counter() - start)
+    return [int(seconds / torch.tensor(times).median().item()) for times in took]
 
 
 def _trainer(

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bench.claims.claim import Point, mean_and_spread
+from bench.claims.claim import Point, jackknifed
 from fastdiff.data import fashion_mnist
 from fastdiff.evaluate import (
     balanced,
@@ -29,7 +29,7 @@ class Quality:
     """
 
     def __init__(self, count: int) -> None:
-        self.count, self.labels = count, torch.arange(count) % 10
+        self.labels = torch.arange(count) % 10
         self.classifier = load_classifier()
         training = fashion_mnist(split="train")
         assert training.labels is not None
@@ -38,23 +38,38 @@ class Quality:
     def of(self, images: Tensor, labels: Tensor | None = None) -> Point:
         """Of uint8 images [n, 1, H, W], whose labels are 0, 1, .. 9, 0, .. by default."""
         features, classes = self._described(images)
-        precision, recall = precision_recall(self.reference, features)
         hits = classes.eq(self.labels[: len(images)] if labels is None else labels)
-        return {
-            "fd": frechet_distance(self.reference, features),
-            "precision": precision,
-            "recall": recall,
-            "accuracy": hits.double().mean().item(),
-        }
+        return self._row([features], [hits])
 
     def over(self, seeds: Sequence[int], draw: Draw) -> Point:
-        """The mean of `of` over sets of several seeds, and its spread as fd_sd, .."""
-        rows = [self.of(draw(seed, self.labels, self.count)) for seed in seeds]
+        """`of` so many images, of several seeds, and the standard errors as fd_sd, ..
+
+        Each seed draws a part of the images, all classes alike; leaving out one part after the
+        other says how much a figure owes to chance.
+        """
+        parts = self.labels.chunk(len(seeds))
+        drawn = [draw(seed, part, len(part)) for seed, part in zip(seeds, parts, strict=True)]
+        found = [self._described(images) for images in drawn]
+        hits = [classes.eq(part) for (_, classes), part in zip(found, parts, strict=True)]
+        rows = [self._row([features for features, _ in found], hits)]
+        for k in range(len(seeds)) if len(seeds) > 1 else ():
+            others = [features for i, (features, _) in enumerate(found) if i != k]
+            rows.append(self._row(others, hits[:k] + hits[k + 1 :]))
         point: Point = {}
         for key in rows[0]:
-            point[key], spread = mean_and_spread([row[key] for row in rows])
-            point[f"{key}_sd"] = spread
+            point[key], point[f"{key}_sd"] = jackknifed(rows[0][key], [r[key] for r in rows[1:]])
         return point
+
+    def _row(self, features: Sequence[Tensor], hits: Sequence[Tensor]) -> Point:
+        """The figures of images in parts: their features, and whether their classes are right."""
+        together = torch.cat(list(features))
+        precision, recall = precision_recall(self.reference, together)
+        return {
+            "fd": frechet_distance(self.reference, together),
+            "precision": precision,
+            "recall": recall,
+            "accuracy": torch.cat(list(hits)).double().mean().item(),
+        }
 
     def _described(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return describe(self.classifier, framed(images, self.classifier.shape))
