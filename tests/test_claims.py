@@ -86,7 +86,7 @@ def test_quality_knows_real_images_from_noise():
     assert judge.of(noise)["fd"] > 10
     real = quality.fashion_mnist(split="test", pad=2)
     order = quality.balanced(real.labels)[:100]
-    good = judge.of(real.images[order], real.labels[order])
+    good = judge.of(real.images[order])
     assert good["fd"] < 2 and good["accuracy"] > 0.8
     half = {0: real.images[order][:50], 1: real.images[order][50:], 2: noise[:50]}
     alike, apart = (judge.over(k, lambda seed, *_: half[seed]) for k in ([0, 1], [0, 2]))

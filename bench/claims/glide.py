@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,19 +14,20 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
+from matplotlib import image
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.claims.claim import RUNS, Claim, Point, Points, mean_and_spread, plus_minus
-from bench.claims.quality import quality
+from bench.claims.claim import RUNS, Claim, Point, Points, plus_minus
+from bench.claims.quality import Quality
 from fastdiff import DDPMSampler, TrainConfig, Trainer, UNet, load, ops, optimize
 from fastdiff.data import ImageSet, fashion_mnist
 from fastdiff.data.captions import LENGTH, WORDS, Captions, tokenize
-from fastdiff.evaluate import balanced, describe, framed
+from fastdiff.evaluate import balanced
 from fastdiff.files import read_tensors, write_tensors
 from fastdiff.guidance.clip import CLIPGuidance
-from fastdiff.images import to_uint8
+from fastdiff.images import grid, to_uint8
 from fastdiff.losses import UniformTimesteps
 from fastdiff.models.clip import CLIP, contrastive_loss
 
@@ -42,6 +45,17 @@ TRAIN = TrainConfig(
 TRAIN_CLIP = TrainConfig(steps=2000, lr=1e-3, warmup=100, decay="linear")  # of AdamW, as above
 STEPS, BATCH = 32, 250
 FREE, CLIP_GUIDED, NONE, REAL = "classifier-free", "CLIP", "none", "real test images"
+PICTURED = {NONE: 0.0, FREE: 2.0, CLIP_GUIDED: 16.0}
+SHOWN = (
+    "a dark narrow dress",
+    "a bright wide dress",
+    "a dark trouser",
+    "a bright wide t-shirt",
+    "a dark low sneaker",
+    "a bright tall boot",
+    "a bright low bag",
+    "a dark tall bag",
+)
 COLOURS = {FREE: "#4c78a8", CLIP_GUIDED: "#e45756"}
 WEIGHTS = {FREE: (0.5, 1.0, 2.0, 4.0), CLIP_GUIDED: (1.0, 4.0, 16.0, 64.0)}
 AGREEMENTS = ("accuracy", "brightness", "extent", "all")
@@ -116,27 +130,27 @@ def noisy_clip() -> CLIP:
     return clip.eval().requires_grad_(False)
 
 
-class Judge:
+class Judge(Quality):
     """What images are asked for, and how well a set of them is what was asked for."""
 
     def __init__(self, count: int) -> None:
+        super().__init__(count)
         test, classes = captioned("test")
         order = balanced(classes)[:count]
-        self.images, self.labels = test.images[order], classes[order]
-        assert test.labels is not None
-        self.tokens = test.labels[order]
+        assert test.labels is not None and torch.equal(classes[order], self.labels)
+        self.images, self.tokens = test.images[order], test.labels[order]
         self.thirds = captions().read(self.images, self.labels)
-        self.quality = quality(len(order))
 
-    def of(self, images: Tensor) -> Point:
-        """FD and the like; the parts of the images whose class, and thirds, are the caption's."""
-        point = self.quality.of(images, self.labels)
-        right = captions().read(images, self.labels) == self.thirds
-        point["brightness"], point["extent"] = right.double().mean(0).tolist()
-        classifier = self.quality.classifier
-        _, classes = describe(classifier, framed(images, classifier.shape))
-        point["all"] = (right.all(1) & classes.eq(self.labels)).double().mean().item()
-        return point
+    def hits(self, images: Tensor, classes: Tensor, first: int) -> dict[str, Tensor]:
+        """Whether the class, and the thirds, are the caption's."""
+        asked = slice(first, first + len(images))
+        accuracy = classes == self.labels[asked]
+        right = captions().read(images, self.labels[asked]) == self.thirds[asked]
+        bright, extent = right.unbind(1)
+        return {
+            "accuracy": accuracy, "brightness": bright, "extent": extent,
+            "all": accuracy & right.all(1),
+        }  # fmt: skip
 
 
 def measure(points: Points, count: int, seeds: Sequence[int]) -> None:
@@ -146,38 +160,45 @@ def measure(points: Points, count: int, seeds: Sequence[int]) -> None:
     fast = optimize(model, "bfloat16")
     shape = model.config.in_channels, model.config.image_size, model.config.image_size
 
-    def drawn(seed: int, w: float, scale: float) -> Tensor:
+    def drawn(tokens: Tensor, kind: str, weight: float, seed: int) -> Tensor:
+        w, scale = (weight, 0.0) if kind == FREE else (0.0, weight)
         sampler = DDPMSampler(
             model.schedule, STEPS, "small", "trailing", model.prediction, 1.0,
             classifier_scale=scale,
         )  # fmt: skip
         images = []
-        for first in range(0, len(judge.tokens), BATCH):
-            tokens = judge.tokens[first : first + BATCH]
+        for first in range(0, len(tokens), BATCH):
+            some = tokens[first : first + BATCH]
             x = sampler.sample(
                 fast,
-                (len(tokens), *shape),
+                (len(some), *shape),
                 seed,
-                cond=tokens,
+                cond=some,
                 guidance=w or None,
-                gradient=CLIPGuidance(clip, tokens) if scale else None,
+                gradient=CLIPGuidance(clip, some) if scale else None,
                 first_index=first,
             )
             images.append(to_uint8(x))
         return torch.cat(images)
 
     def point(kind: str, weight: float) -> Point:
-        w, scale = (weight, 0.0) if kind == FREE else (0.0, weight)
-        rows = [judge.of(drawn(seed, w, scale)) for seed in seeds]
-        found: Point = {"kind": kind, "weight": weight}
-        for key in rows[0]:
-            found[key], found[f"{key}_sd"] = mean_and_spread([row[key] for row in rows])
-        return found
+        tokens = dict(zip(seeds, judge.tokens.chunk(len(seeds)), strict=True))
+        found = judge.over(seeds, lambda seed, *_: drawn(tokens[seed], kind, weight, seed))
+        return {"kind": kind, "weight": weight, **found}
+
+    def picture(kind: str, weight: float) -> Point:
+        """A row of images a seed, a column a caption."""
+        rows = [drawn(tokenize(SHOWN), kind, weight, seed) for seed in range(3)]
+        written = io.BytesIO()
+        grid(torch.cat(rows), columns=len(SHOWN)).save(written, "PNG")
+        return {"picture": base64.b64encode(written.getvalue()).decode()}
 
     points.measure(NONE, lambda: point(NONE, 0.0))
     for kind, weights in WEIGHTS.items():
         for weight in weights:
             points.measure(f"{kind} {weight:g}", lambda k=kind, w=weight: point(k, w))
+    for kind, weight in PICTURED.items():
+        points.measure(f"picture, {kind}", lambda k=kind, w=weight: picture(k, w))
 
 
 def curve(found: Mapping[str, Point], kind: str) -> list[Point]:
@@ -237,12 +258,17 @@ def verdict(lost: int, won: int) -> str:
 
 
 def draw(found: Mapping[str, Point], figure: Figure) -> None:
-    left, right = figure.subplots(1, 2)
+    figure.set_size_inches(9, 7.4)
+    above, below = figure.subfigures(2, 1, height_ratios=(4, 3.4))
+    left, right = above.subplots(1, 2)
     for kind, colour in COLOURS.items():
         rows = curve(found, kind)
         how = {"color": colour, "marker": "o", "markersize": 4, "label": f"{kind} guidance"}
-        left.plot([p["fd"] for p in rows], [p["all"] for p in rows], **how)
-        right.plot([p["recall"] for p in rows], [p["precision"] for p in rows], **how)
+        for axes, x, y in ((left, "fd", "all"), (right, "recall", "precision")):
+            axes.errorbar(
+                [p[x] for p in rows], [p[y] for p in rows], [p[f"{y}_sd"] for p in rows],
+                [p[f"{x}_sd"] for p in rows], capsize=2, **how,
+            )  # fmt: skip
         for p in rows[1:]:
             left.annotate(
                 f"{p['weight']:g}", (p["fd"], p["all"]), (4, 3), textcoords="offset points",
@@ -253,6 +279,16 @@ def draw(found: Mapping[str, Point], figure: Figure) -> None:
     left.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    panels = below.subplots(1, len(PICTURED))
+    for panel, (kind, weight) in zip(panels, PICTURED.items(), strict=True):
+        written = base64.b64decode(found[f"picture, {kind}"]["picture"])
+        pixels = image.imread(io.BytesIO(written))
+        panel.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+        width = pixels.shape[1] / len(SHOWN)
+        middles = [(k + 0.5) * width for k in range(len(SHOWN))]
+        panel.set_xticks(middles, SHOWN, rotation=60, ha="right", fontsize=6)
+        panel.set_yticks([])
+        panel.set_title(f"{kind} {weight:g}" if weight else "no guidance", fontsize=8)
 
 
 CLAIM = Claim(

@@ -19,6 +19,7 @@ from fastdiff.evaluate import (
     precision_recall,
 )
 
+Part = tuple[Tensor, dict[str, Tensor]]  # features [n, D], and what is right of each image
 Draw = Callable[[int, Tensor, int], Tensor]  # (seed, labels [n], n) -> uint8 [n, 1, H, W]
 
 
@@ -35,11 +36,9 @@ class Quality:
         assert training.labels is not None
         self.reference, _ = self._described(training.images[balanced(training.labels)[:count]])
 
-    def of(self, images: Tensor, labels: Tensor | None = None) -> Point:
-        """Of uint8 images [n, 1, H, W], whose labels are 0, 1, .. 9, 0, .. by default."""
-        features, classes = self._described(images)
-        hits = classes.eq(self.labels[: len(images)] if labels is None else labels)
-        return self._row([features], [hits])
+    def of(self, images: Tensor) -> Point:
+        """Of uint8 images [n, 1, H, W], whose labels are 0, 1, .. 9, 0, .."""
+        return self._row([self._part(images, 0)])
 
     def over(self, seeds: Sequence[int], draw: Draw) -> Point:
         """`of` so many images, of several seeds, and the standard errors as fd_sd, ..
@@ -47,29 +46,39 @@ class Quality:
         Each seed draws a part of the images, all classes alike; leaving out one part after the
         other says how much a figure owes to chance.
         """
-        parts = self.labels.chunk(len(seeds))
-        drawn = [draw(seed, part, len(part)) for seed, part in zip(seeds, parts, strict=True)]
-        found = [self._described(images) for images in drawn]
-        hits = [classes.eq(part) for (_, classes), part in zip(found, parts, strict=True)]
-        rows = [self._row([features for features, _ in found], hits)]
-        for k in range(len(seeds)) if len(seeds) > 1 else ():
-            others = [features for i, (features, _) in enumerate(found) if i != k]
-            rows.append(self._row(others, hits[:k] + hits[k + 1 :]))
+        found: list[Part] = []
+        first = 0
+        for seed, labels in zip(seeds, self.labels.chunk(len(seeds)), strict=True):
+            found.append(self._part(draw(seed, labels, len(labels)), first))
+            first += len(labels)
+        whole, without = self._row(found), []
+        if len(found) > 1:
+            without = [self._row(found[:k] + found[k + 1 :]) for k in range(len(found))]
         point: Point = {}
-        for key in rows[0]:
-            point[key], point[f"{key}_sd"] = jackknifed(rows[0][key], [r[key] for r in rows[1:]])
+        for key, value in whole.items():
+            point[key], point[f"{key}_sd"] = jackknifed(value, [row[key] for row in without])
         return point
 
-    def _row(self, features: Sequence[Tensor], hits: Sequence[Tensor]) -> Point:
-        """The figures of images in parts: their features, and whether their classes are right."""
-        together = torch.cat(list(features))
-        precision, recall = precision_recall(self.reference, together)
-        return {
-            "fd": frechet_distance(self.reference, together),
+    def hits(self, images: Tensor, classes: Tensor, first: int) -> dict[str, Tensor]:
+        """What may be right of each of images `first`, ..; `classes` is what they show."""
+        return {"accuracy": classes == self.labels[first : first + len(images)]}
+
+    def _part(self, images: Tensor, first: int) -> Part:
+        features, classes = self._described(images)
+        return features, self.hits(images, classes, first)
+
+    def _row(self, parts: Sequence[Part]) -> Point:
+        """The figures of all parts together."""
+        features = torch.cat([features for features, _ in parts])
+        precision, recall = precision_recall(self.reference, features)
+        row: Point = {
+            "fd": frechet_distance(self.reference, features),
             "precision": precision,
             "recall": recall,
-            "accuracy": torch.cat(list(hits)).double().mean().item(),
         }
+        for key in parts[0][1]:
+            row[key] = torch.cat([hits[key] for _, hits in parts]).double().mean().item()
+        return row
 
     def _described(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return describe(self.classifier, framed(images, self.classifier.shape))
