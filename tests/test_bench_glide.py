@@ -29,7 +29,7 @@ def test_both_guidances_are_measured_once(tmp_path, monkeypatch):
     assert real["brightness"] == real["extent"] == 1 and real["all"] == real["accuracy"] > 0.8
     assert (
         len({points[name]["fd"] for name in points.keys() - shown}) == 4
-    )  # no two are the same images
+    )  # no two alike
     page = (tmp_path / "results.md").read_text()
     assert "| classifier-free | 2 |" in page and "| CLIP | 2 |" in page
     before = path.read_bytes()
