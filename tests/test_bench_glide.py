@@ -27,9 +27,7 @@ def test_both_guidances_are_measured_once(tmp_path, monkeypatch):
     assert set(points) == {"real test images", "none", "classifier-free 2", "CLIP 2"} | shown
     real = points["real test images"]
     assert real["brightness"] == real["extent"] == 1 and real["all"] == real["accuracy"] > 0.8
-    assert (
-        len({points[name]["fd"] for name in points.keys() - shown}) == 4
-    )  # no two alike
+    assert len({points[name]["fd"] for name in points.keys() - shown}) == 4  # no two alike
     page = (tmp_path / "results.md").read_text()
     assert "| classifier-free | 2 |" in page and "| CLIP | 2 |" in page
     before = path.read_bytes()
