@@ -44,7 +44,7 @@ def save(
             configuration beside it with the ending .json.
         model: the network; its parameters are stored, whatever device they are on.
         schedule, prediction: what samplers must use with it.
-        class_names: one a label; may be empty.
+        class_names: one a label; of captions, the words by token; may be empty.
         training: how it was trained, for the record; JSON values.
         dtype: stored precision, "float32", "float16" or "bfloat16"; `load` returns fp32.
         distilled: the timesteps and guidance weight of a student of `fastdiff.distill`.

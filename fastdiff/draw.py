@@ -34,7 +34,7 @@ def draw_batches(
 
     Args:
         shape: of an image, (C, H, W).
-        labels: int64 [count], or None for a model without classes.
+        labels: int64 [count], or captions' tokens [count, L]; None for a model told nothing.
         guidance: weight w; None leaves it to the sampler's table.
         batch: images at a time.
         first: number of the first image.

@@ -6,7 +6,6 @@ import json
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -41,7 +40,7 @@ def fill(
     shards: Shards,
     network: Model,
     sampler: Sampler,
-    labels: Sequence[int] | None,
+    labels: Tensor | None,
     guidance: float | None,
     seed: int,
     batch: int,
@@ -58,7 +57,8 @@ def fill(
     Args:
         shards: what is to be drawn, and where.
         network, sampler: what draws; the engine's choices are kept in the folder.
-        labels: the classes, in turn; None for a network without.
+        labels: the classes, int64 [C], or captions' tokens [C, L], in turn; None for a network
+            that is told nothing.
         guidance: weight w; None leaves it to the sampler's table.
         seed: of the noise.
         batch: images at a time.
@@ -134,7 +134,7 @@ def _settle(
     shards: Shards,
     network: Model,
     sampler: Sampler,
-    labels: Sequence[int] | None,
+    labels: Tensor | None,
     guidance: float | None,
     batch: int,
 ) -> Any:
@@ -150,10 +150,10 @@ def _settle(
     return choices
 
 
-def _labels(labels: Sequence[int] | None, first: int, count: int) -> Tensor | None:
+def _labels(labels: Tensor | None, first: int, count: int) -> Tensor | None:
     if labels is None:
         return None
-    return torch.tensor(labels)[torch.arange(first, first + count) % len(labels)]
+    return labels[torch.arange(first, first + count) % len(labels)]
 
 
 def _draw(
@@ -161,7 +161,7 @@ def _draw(
     k: int,
     network: Model,
     sampler: Sampler,
-    labels: Sequence[int] | None,
+    labels: Tensor | None,
     guidance: float | None,
     seed: int,
     batch: int,

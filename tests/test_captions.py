@@ -1,11 +1,13 @@
 """Captions against images drawn by hand, whose attributes are known."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import needs_data
 
+from fastdiff.cli import main
 from fastdiff.data import fashion_mnist
 from fastdiff.data.captions import (
     LENGTH,
@@ -124,3 +126,24 @@ def test_every_caption_has_tokens_of_its_own():
 def test_bad_input_is_refused(call, error, message, boxes):
     with pytest.raises(error, match=re.escape(message)):
         call(*boxes)
+
+
+@needs_data
+def test_the_reader_says_captions():
+    plain, told = fashion_mnist(split="test"), fashion_mnist(split="test", captions=True)
+    assert told.class_names == WORDS and told.labels.shape == (10_000, LENGTH)
+    training = fashion_mnist()
+    said = Captions(training.images, training.labels).of(plain.images[:50], plain.labels[:50])
+    assert torch.equal(told.labels[:50], tokenize(said))
+
+
+@needs_data
+def test_the_recipe_of_captions_trains(tmp_path, capsys):
+    recipe = Path(__file__).parents[1] / "recipes" / "fashion-mnist-captions.json"
+    how = ["--steps", "2", "--warmup", "0", "--batch-size", "8", "--sample-every", "0"]
+    assert main(["train", "--config", str(recipe), "--out", str(tmp_path / "run"), *how]) == 0
+    drawn = ["--steps", "2", "--out", str(tmp_path / "x.png")]
+    drawn += ["--model", str(tmp_path / "run"), "--caption", "a dark wide dress"]
+    assert main(["sample", *drawn]) == 0
+    assert main(["sample", *drawn[:-1], "a green dress"]) == 1
+    assert "has ['green']; known words: a, dark" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from PIL import Image
 import fastdiff
 from fastdiff.cli import main
 from fastdiff.commands import sampling
+from fastdiff.data import ShardedImages
 from fastdiff.models.distilled import Distilled
 
 
@@ -59,6 +60,38 @@ def test_classes_go_by_name_or_number(folder, tmp_path):
     assert sample(folder, tmp_path / "x.npz", "--class", "ankle boot", "--class", "0") == 0
     with np.load(tmp_path / "x.npz") as data:
         assert data["labels"].tolist() == [2, 0] * 10
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    config = fastdiff.UNetConfig(
+        image_size=8, in_channels=1, channels=8, channel_mult=(1,), num_res_blocks=1,
+        attention_resolutions=(), norm_groups=4, vocabulary=6, text_length=5, text_layers=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = fastdiff.UNet(config)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    folder = tmp_path_factory.mktemp("captioned")
+    words = ("", "", "", "a", "red", "boot")
+    fastdiff.save(folder, model, fastdiff.NoiseSchedule.cosine(100), "v", class_names=words)
+    return folder
+
+
+def test_captions_are_told_in_turn(captioned, tmp_path):
+    told = "--caption", "a red boot", "--caption", "a boot"
+    assert sample(captioned, tmp_path / "x.npz", *told, "--num", "3", "--guidance", "2") == 0
+    assert sample(captioned, tmp_path / "set", *told, "--num", "3", "--guidance", "2") == 0
+    saved = np.load(tmp_path / "x.npz")
+    assert saved["labels"].tolist() == [[1, 3, 4, 5, 2], [1, 3, 5, 2, 0], [1, 3, 4, 5, 2]]
+    rows = list(ShardedImages(tmp_path / "set"))
+    assert [label.tolist() for _, label in rows] == saved["labels"].tolist()
+    assert (torch.stack([x for x, _ in rows])[:, 0].numpy() == saved["images"][..., 0]).all()
+    one = "--caption", "a boot", "--guidance", "2", "--num", "3"
+    assert sample(captioned, tmp_path / "y.npz", *one) == 0
+    same = (saved["images"] == np.load(tmp_path / "y.npz")["images"]).all((1, 2, 3))
+    assert same.tolist() == [False, True, False]  # the caption is heard, and the noise is the same
+    assert sample(captioned, tmp_path / "z.png") == 0  # told nothing
 
 
 @pytest.mark.parametrize("ending", [".gif", ".png", ".webp"])

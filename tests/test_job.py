@@ -24,7 +24,7 @@ from fastdiff.job import fill
 
 SHAPE, NUM, EACH, BATCH = (1, 4, 4), 200, 8, 3
 SAMPLER = DDIMSampler(NoiseSchedule.cosine(100), 4)
-LABELS, KILLS = [2, 0, 1], 50
+LABELS, KILLS = torch.tensor([2, 0, 1]), 50
 
 
 def model(x, t, cond):
@@ -43,7 +43,7 @@ def drawn(folder, **how):
 
 
 def expected():
-    labels = torch.tensor(LABELS).repeat(NUM)[:NUM]
+    labels = LABELS.repeat(NUM)[:NUM]
     return torch.cat(list(draw_batches(model, SAMPLER, SHAPE, NUM, labels, seed=5))), labels
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from bench.claims.claim import RUNS, Claim, Point, Points, plus_minus
 from bench.claims.quality import Quality
 from fastdiff import DDPMSampler, TrainConfig, Trainer, UNet, load, ops, optimize
-from fastdiff.data import ImageSet, fashion_mnist
+from fastdiff.data import fashion_mnist
 from fastdiff.data.captions import LENGTH, WORDS, Captions, tokenize
 from fastdiff.evaluate import balanced
 from fastdiff.files import read_tensors, write_tensors
@@ -63,16 +63,9 @@ AGREEMENTS = ("accuracy", "brightness", "extent", "all")
 
 @lru_cache(maxsize=1)
 def captions() -> Captions:
-    training = fashion_mnist(split="train")
+    training = fashion_mnist()
     assert training.labels is not None
     return Captions(training.images, training.labels)
-
-
-def captioned(split: str) -> tuple[ImageSet, Tensor]:
-    """Images with their captions' tokens for labels, and their classes."""
-    data = fashion_mnist(split=split)
-    assert data.labels is not None
-    return replace(data, labels=tokenize(captions().of(data.images, data.labels))), data.labels
 
 
 def caption_model() -> UNet:
@@ -89,7 +82,7 @@ def caption_model() -> UNet:
     model.load_state_dict(
         {k: v for k, v in shipped.state_dict().items() if k in known}, strict=False
     )
-    data, _ = captioned("train")
+    data = fashion_mnist(captions=True)
     trainer = Trainer(model, shipped.schedule, data, TRAIN, RUNS / "glide" / "model")
     return trainer.fit(resume=trainer.store.exists())
 
@@ -106,7 +99,7 @@ def noisy_clip() -> CLIP:
     if path.is_file():
         clip.load_state_dict(read_tensors(path)[0])
         return clip.eval().requires_grad_(False)
-    data, _ = captioned("train")
+    data = fashion_mnist(captions=True)
     config, draws = TRAIN_CLIP, UniformTimesteps(len(shipped.schedule))
     optimizer = torch.optim.AdamW(clip.parameters(), config.lr, weight_decay=config.weight_decay)
     size, seed = config.batch_size, config.seed
@@ -135,10 +128,11 @@ class Judge(Quality):
 
     def __init__(self, count: int) -> None:
         super().__init__(count)
-        test, classes = captioned("test")
-        order = balanced(classes)[:count]
-        assert test.labels is not None and torch.equal(classes[order], self.labels)
-        self.images, self.tokens = test.images[order], test.labels[order]
+        test, told = fashion_mnist(split="test"), fashion_mnist(split="test", captions=True)
+        assert test.labels is not None and told.labels is not None
+        order = balanced(test.labels)[:count]
+        assert torch.equal(test.labels[order], self.labels)
+        self.images, self.tokens = test.images[order], told.labels[order]
         self.thirds = captions().read(self.images, self.labels)
 
     def hits(self, images: Tensor, classes: Tensor, first: int) -> dict[str, Tensor]:

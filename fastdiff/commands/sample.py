@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from .. import images
+from ..data.captions import tokenize
 from ..data.npz import npz_writer
 from ..data.shards import Shards
 from ..draw import draw_batches
@@ -41,8 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weight w (default 0: plain conditional; of a student its own)")  # fmt: skip
     add("--class", dest="classes", action="append", metavar="C",
         help="a class by name or number; may be repeated (default: all in turn)")  # fmt: skip
+    add("--caption", dest="captions", action="append", metavar="TEXT",
+        help="what a model of captions is told; may be repeated (default: nothing)")  # fmt: skip
     # -n: torchrun takes --num for an abbreviation of its own --numa-binding
-    add("-n", "--num", type=int, help="images (default: ten a class, 100 without classes)")
+    add("-n", "--num", type=int, help="images (default: ten a class or caption; 100 without)")
     add("--batch", type=int, default=100, help="images at a time (default 100)")
     add("--out", type=Path, default=Path("samples.png"))
     add("--per-shard", type=int, default=1000, help="images of a shard of a folder (default 1000)")
@@ -69,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.out.suffix:
         return _fill(args)
     model = sampling.model_of(args)
-    chosen, num = _classes(args, model)
-    labels = torch.tensor(chosen or [0]).repeat(-(-num // len(chosen or [0])))[:num]
+    told, num = _told(args, model)
+    labels = None if told is None else told[torch.arange(num) % len(told)]
     sampler = sampling.sampler_of(args, model)
     network, guidance = sampling.network_at(args, model, args.guidance)
     start, config = time.perf_counter(), model.config
@@ -79,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
         network,
         sampler,
         (config.in_channels, config.image_size, config.image_size),
-        len(labels),
-        labels if config.num_classes else None,
+        num,
+        labels,
         guidance,
         args.seed,
         args.batch,
@@ -89,15 +92,17 @@ def run(args: argparse.Namespace) -> int:
         frames=frames,
     )
     if args.out.suffix == ".npz":
-        shape = len(labels), config.image_size, config.image_size, config.in_channels
-        with npz_writer(args.out, shape, labels) as add:
+        shape = num, config.image_size, config.image_size, config.in_channels
+        written = torch.zeros(num, dtype=torch.int64) if labels is None else labels
+        with npz_writer(args.out, shape, written) as add:
             for x in batches:
                 add(x)
     else:
-        _draw(args, torch.cat(list(batches)), labels, frames)
+        columns = None if told is None or len(told) == 1 else len(told)
+        _draw(args, torch.cat(list(batches)), columns, frames)
     seconds = time.perf_counter() - start
     print(
-        f"{len(labels)} images of {args.model} in {seconds:.1f} s ({len(labels) / seconds:.1f} "
+        f"{num} images of {args.model} in {seconds:.1f} s ({num / seconds:.1f} "
         f"images/s, {len(sampler.table)} steps, {torch.get_num_threads()} threads): {args.out}"
     )
     return 0
@@ -108,7 +113,7 @@ def _fill(args: argparse.Namespace) -> int:
     with processes(args.device) as device:
         args.device = str(device)
         model = sampling.model_of(args)
-        chosen, num = _classes(args, model)
+        told, num = _told(args, model)
         sampler = sampling.sampler_of(args, model)
         network, guidance = sampling.network_at(args, model, args.guidance)
         config, start = model.config, time.perf_counter()
@@ -117,7 +122,7 @@ def _fill(args: argparse.Namespace) -> int:
             "weights": checksum(model),
             "table": zlib.crc32(json.dumps(sampler.table.to_json()).encode()),
             "guidance": guidance,
-            "classes": chosen,
+            "classes": args.captions if told is None or told.ndim > 1 else told.tolist(),
             "seed": args.seed,
             "engine": args.engine,
             "batch": args.batch,
@@ -125,7 +130,7 @@ def _fill(args: argparse.Namespace) -> int:
         shape = config.in_channels, config.image_size, config.image_size
         shards = Shards(args.out, num, shape, args.per_shard, made_of)
         drawn = fill(
-            shards, network, sampler, chosen, guidance, args.seed, args.batch, device,
+            shards, network, sampler, told, guidance, args.seed, args.batch, device,
             progress=sys.stderr.isatty(),
         )  # fmt: skip
         if World().rank == 0:
@@ -137,12 +142,23 @@ def _fill(args: argparse.Namespace) -> int:
     return 0
 
 
-def _classes(args: argparse.Namespace, model: UNet) -> tuple[list[int] | None, int]:
-    """The classes that images have in turn, None for a model without; and how many images."""
+def _told(args: argparse.Namespace, model: UNet) -> tuple[torch.Tensor | None, int]:
+    """What the network is told of images in turn, and how many images.
+
+    Classes int64 [C], captions' tokens [C, L], or None: nothing.
+    """
     classes = model.config.num_classes
+    if args.captions and model.config.vocabulary is None:
+        raise ValueError(f"--caption={args.captions}: {args.model} knows none; leave it out")
+    if args.captions:
+        told = tokenize(args.captions, model.config.text_length, model.class_names)
+        return told, args.num or 10 * len(told)
     if classes is None:
         if args.classes or args.guidance:
-            raise ValueError(f"--class, --guidance: {args.model} has no classes; leave them out")
+            raise ValueError(
+                f"--class, --guidance: {args.model} has no classes"
+                + ("; give --caption" if model.config.vocabulary else "; leave them out")
+            )
         return None, args.num or 100
     names = {name.lower(): k for k, name in enumerate(model.class_names)}
     chosen = [
@@ -152,16 +168,15 @@ def _classes(args: argparse.Namespace, model: UNet) -> tuple[list[int] | None, i
     if not all(0 <= c < classes for c in chosen):
         takes = ", ".join(model.class_names) or "names"
         raise ValueError(f"--class={args.classes}: must be 0 to {classes - 1} or one of {takes}")
-    return chosen, args.num or 10 * len(chosen)
+    return torch.tensor(chosen), args.num or 10 * len(chosen)
 
 
 def _draw(
     args: argparse.Namespace,
     x: torch.Tensor,
-    labels: torch.Tensor,
+    columns: int | None,
     frames: list[list[torch.Tensor]] | None,
 ) -> None:
-    columns = len(labels.unique()) if len(labels.unique()) > 1 else None
     if frames:
         rows = [torch.cat(parts) for parts in zip(*frames, strict=True)]
         pictures = [images.grid(row, columns, scale=args.scale) for row in rows]

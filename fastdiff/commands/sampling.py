@@ -75,7 +75,7 @@ def network_at(
     """The network that runs, optimized on the CPU, and the weight that the sampler combines at."""
     made = model.distilled
     network: torch.nn.Module = model
-    if model.config.num_classes is None:
+    if not model.config.conditional:
         if w:
             raise ValueError(f"--guidance={w}: {args.model} has no classes; leave it out")
         w = None

@@ -117,13 +117,18 @@ def caption(label: int, brightness: int, extent: int) -> str:
     return " ".join(filter(None, ("a", *adjectives, NOUNS[label])))
 
 
-def tokenize(captions: Sequence[str], length: int = LENGTH) -> Tensor:
+def tokenize(captions: Sequence[str], length: int = LENGTH, words: Sequence[str] = WORDS) -> Tensor:
     """The tokens of captions, int64 [B, length]: START, one a word, END, and padding.
+
+    Args:
+        captions: words with spaces between them.
+        length: tokens of a caption.
+        words: one a token, "" for those that are no word's.
 
     Raises:
         ValueError: a word is unknown, or a caption too long.
     """
-    tokens = {word: number for number, word in enumerate(WORDS) if word}
+    tokens = {word: number for number, word in enumerate(words) if word}
     rows = []
     for text in captions:
         words = text.split()

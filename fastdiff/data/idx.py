@@ -37,7 +37,11 @@ _FASHION_ADVICE = (
 
 
 def fashion_mnist(
-    folder: str | Path | None = None, split: str = "train", pad: int = 2, flip: bool = False
+    folder: str | Path | None = None,
+    split: str = "train",
+    pad: int = 2,
+    flip: bool = False,
+    captions: bool = False,
 ) -> ImageSet:
     """Fashion-MNIST (Xiao, Rasul & Vollgraf 2017), 28x28 padded with black to 32x32.
 
@@ -46,6 +50,8 @@ def fashion_mnist(
         split: "train" (60,000 images) or "test" (10,000).
         pad: black pixels added on each side, on the way to the network.
         flip: see ImageSet; shoes all point left, so mirrored ones are new to the set.
+        captions: say of each image what its class, brightness and size are ("a dark wide dress");
+            then the labels are the captions' tokens, and the class names the words.
 
     Raises:
         FileNotFoundError: the folder or a file in it is missing.
@@ -57,7 +63,15 @@ def fashion_mnist(
     images, labels = (
         _find(root, f"{prefixes[split]}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")
     )
-    return replace(idx_images(images, labels, flip, pad), class_names=FASHION_CLASSES)
+    found = replace(idx_images(images, labels, flip, pad), class_names=FASHION_CLASSES)
+    if not captions:
+        return found
+    from .captions import WORDS, Captions, tokenize
+
+    training = found if split == "train" else fashion_mnist(folder)
+    assert found.labels is not None and training.labels is not None
+    said = Captions(training.images, training.labels).of(found.images, found.labels)
+    return replace(found, labels=tokenize(said), class_names=WORDS)
 
 
 def idx_images(

@@ -23,7 +23,7 @@ class ImageSet:
         images: uint8 [N, C, H, W], 0 .. 255.
         labels: what a network is told of each: int64 [N], or, of captions, their tokens [N, L];
             or None.
-        class_names: one a label; may be empty.
+        class_names: one a label; of captions, the words by token; may be empty.
         flip: mirror each image left to right with probability 1/2.
         pad: black pixels added on each side of an image.
     """

@@ -73,7 +73,7 @@ def npz_writer(
     Args:
         path: the file.
         shape: (N, H, W, C) of all images together.
-        labels: int64 [N].
+        labels: int64 [N] or, of captions, their tokens [N, L].
 
     Raises:
         ValueError: there were more images than N, or fewer.

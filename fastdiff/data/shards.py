@@ -1,7 +1,8 @@
 """Large sets of images as a folder of shards: files that are whole, and say what they belong to.
 
 job.json              what the set is: how many images, of what shape, and of what they are made
-shard-000000.safetensors, ...   images uint8 [n, C, H, W], labels int64 [n]; a checksum of all
+shard-000000.safetensors, ...   images uint8 [n, C, H, W], labels int64 [n] or, of captions, their
+                      tokens [n, L]; a checksum of all
 manifest.json         the shards with their checksums; written when all are there
 """
 
@@ -135,7 +136,7 @@ class Shards:
         )
 
     def read(self, k: int) -> tuple[Tensor, Tensor]:
-        """Images uint8 [n, C, H, W] and labels int64 [n] of shard k, checked.
+        """Images uint8 [n, C, H, W] and labels int64 [n] or [n, L] of shard k, checked.
 
         Raises:
             FileNotFoundError: it is missing.
@@ -152,12 +153,13 @@ class Shards:
             or images.dtype != torch.uint8
             or labels.dtype != torch.int64
             or images.shape != (count, *self.shape)
-            or labels.shape != (count,)
+            or labels.ndim not in (1, 2)
+            or len(labels) != count
         ):
             found = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
             raise ValueError(
                 f"{path}: has {found}; must have images uint8 {(count, *self.shape)} and labels "
-                f"int64 ({count},)"
+                f"int64 ({count},), or tokens ({count}, L)"
             )
         return images, labels
 
@@ -191,8 +193,10 @@ class Shards:
         write_bytes(self.folder / MANIFEST, text.encode())
 
 
-class ShardedImages(IterableDataset[tuple[Tensor, int]]):
+class ShardedImages(IterableDataset[tuple[Tensor, int | Tensor]]):
     """The images of a folder of shards, one by one: (uint8 [C, H, W], label), in order.
+
+    A label is an int or, of captions, tokens int64 [L].
 
     Processes of torch.distributed, and a DataLoader's workers in each, take every so-many-th shard.
     A shard is in memory at a time.
@@ -207,14 +211,14 @@ class ShardedImages(IterableDataset[tuple[Tensor, int]]):
     def __init__(self, folder: str | Path) -> None:
         self.shards = Shards.open(folder)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, int | Tensor]]:
         joined = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
         worker = get_worker_info()
         mine, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for k in range(rank * workers + mine, len(self.shards), size * workers):
             for image, label in zip(*self.shards.read(k), strict=True):
-                yield image, int(label)
+                yield image, label if label.ndim else int(label)
 
     def __len__(self) -> int:
         return self.shards.num
