@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: sample test nightly bench bench-readme gpu-check lint aot sanitize clean
+.PHONY: sample test nightly bench bench-readme bench-compare bench-baseline gpu-check lint aot sanitize clean
 
 sample: .venv/ready
 	$(BIN)/fastdiff sample --model fashion-mnist --steps 50 --guidance 1 --seed 0 --out samples.png
@@ -20,6 +20,16 @@ bench: .venv/ready
 # measures the README's figures again; fails where a ratio falls below what it says
 bench-readme: .venv/ready
 	$(BIN)/python bench/run.py --steps 50 --readme
+
+# pytest-benchmark's suites against the stored baseline; fails where a median is 30 % slower
+COMPARED := pytest bench --benchmark-storage=file://bench/baselines --benchmark-columns=median,iqr,rounds
+bench-compare: .venv/ready
+	$(BIN)/python -m $(COMPARED) --benchmark-compare --benchmark-compare-fail=median:30%
+
+# the baseline of this machine
+bench-baseline: .venv/ready
+	rm -rf bench/baselines
+	$(BIN)/python -m $(COMPARED) --benchmark-save=baseline
 
 gpu-check: .venv/ready
 	$(BIN)/python -m bench.gpu_check

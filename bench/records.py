@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -126,11 +127,22 @@ def machine(settings: Settings) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": _kernels(settings.device),
         "versions": {p: version_of(p) for p in packages} | {"python": platform.python_version()},
+        "revision": _revision(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": settings.steps,
         "quick": settings.quick,
     }
+
+
+def _revision() -> str | None:
+    """The commit that is measured, and whether files differ from it; None outside a checkout."""
+    command = ("git", "describe", "--always", "--dirty", "--exclude=*")
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 def _kernels(device: str) -> str:

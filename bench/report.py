@@ -17,7 +17,8 @@ def head(machine: dict[str, Any]) -> str:
     """What the figures depend on."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     lines = [
-        f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads",
+        f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"revision {machine['revision']}",
         versions,
         f"kernels: {machine['kernels']}",
     ]

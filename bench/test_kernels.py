@@ -1,6 +1,7 @@
 """The large cases of every op through pytest-benchmark: `pytest bench/`, not part of `make test`.
 
-bench/run.py compares; this keeps a history (`--benchmark-autosave`, `--benchmark-compare`).
+bench/run.py compares with others; this with what was: `make bench-compare` holds it to the stored
+baseline, which `make bench-baseline` measures anew on a machine.
 """
 
 import pytest
