@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import needs_data
 
 README = Path(__file__).parents[1] / "README.md"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -24,6 +25,21 @@ def test_the_migration_page_runs():
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert len(blocks) == 5
     exec(compile("\n".join(blocks), page.name, "exec"), {})
+
+
+@needs_data
+def test_the_page_of_methods_runs(tmp_path, monkeypatch):
+    """Its blocks, one after the other, but with next to no training."""
+    page = Path(__file__).parents[1] / "docs/methods.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    code, shortened = re.subn(r"^STEPS = \d+", "STEPS = 1", "\n".join(blocks), flags=re.MULTILINE)
+    assert len(blocks) == 11 and shortened == 1
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(compile(code, page.name, "exec"), found)
+    assert all(found[name].isfinite().all() for name in ("x", "y", "z"))
+    assert (found["again"] - found["alike"][1]).square().mean() < 0.01  # of a range of 2
+    assert (found["alike"][0] - found["alike"][1]).square().mean() < 0.05
 
 
 def test_there_are_blocks():
