@@ -28,6 +28,7 @@ CLAIMS: tuple[str, ...] = (
     "iddpm",
     "adm",
     "score_networks",
+    "later",
 )
 
 Point = dict[str, Any]
