@@ -1,8 +1,11 @@
 # `make sample` and `make test` need only Python 3.11+, a C++ compiler and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# its CPU wheel where that is at hand, else what the index serves
+TORCH := torch==2.13.0
 
-.PHONY: sample test nightly bench bench-readme bench-compare bench-baseline gpu-check lint aot sanitize clean
+.PHONY: sample test nightly bench bench-readme bench-compare bench-baseline gpu-check lint package aot
+.PHONY: sanitize clean
 
 sample: .venv/ready
 	$(BIN)/fastdiff sample --model fashion-mnist --steps 50 --guidance 1 --seed 0 --out samples.png
@@ -37,6 +40,24 @@ gpu-check: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+# dist/: the sdist, and of that alone the wheel; both checked, and the wheel tried where nothing else is.
+# What setuptools listed last time (in the egg-info) would be packed again.
+CLEAN := build/package
+package: .venv/ready
+	$(BIN)/pip install -q -e ".[package]"
+	rm -rf dist $(CLEAN) fastdiff.egg-info
+	$(BIN)/check-manifest
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/pip install -q $(TORCH) pytest hypothesis
+	$(CLEAN)/bin/pip install -q dist/*.whl
+	tar -xzf dist/*.tar.gz -C $(CLEAN)
+	cd $(CLEAN) && bin/fastdiff doctor
+	cd $(CLEAN) && bin/fastdiff sample --num 2 --steps 2 --out samples.png
+	cd $(CLEAN) && bin/pytest -q $(patsubst %,fastdiff-*/tests/test_%.py,tables samplers ops)
+
 # the C++ tests and every case of every record under the sanitizers
 sanitize: .venv/ready
 	$(BIN)/python csrc/ninja_build.py build/sanitize/address address
@@ -46,10 +67,9 @@ sanitize: .venv/ready
 aot: .venv/ready
 	$(BIN)/python -m fastdiff.aot --cuda --out docs/gpu_static.md
 
-# torch 2.13.0 where a CPU wheel of it is at hand, else what the index serves
 .venv/ready: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.py csrc/cpu/* csrc/cuda/*)
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e ".[triton,bench,test,lint]"
 	touch $@
 

@@ -23,6 +23,7 @@ from .samplers import (
 from .schedule import NoiseSchedule
 from .table import Table
 from .train import TrainConfig, Trainer
+from .version import __version__ as __version__
 
 __all__ = [
     "DDIMSampler",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from importlib.metadata import version
+
+from .version import __version__
 
 PURPOSE = "Sample from, train and distil diffusion models."
 COMMANDS = {
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; return its status: 0 done, 1 refused, 2 misused, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fastdiff", description=PURPOSE)
-    parser.add_argument("--version", action="version", version=f"fastdiff {version('fastdiff')}")
+    parser.add_argument("--version", action="version", version=f"fastdiff {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():
         # only the module that will run is imported: `fastdiff --help` answers at once

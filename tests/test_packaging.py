@@ -1,22 +1,29 @@
-"""pip install ., pip install -e . and a wheel, into a fresh environment outside the checkout."""
+"""The sdist; of it alone, in a fresh environment: pip install ., pip install -e . and a wheel."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
+import fastdiff
+
 ROOT = Path(__file__).parents[1]
-TREE = ["csrc", "fastdiff", "kernels", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md"]
-TREE += ["LICENSE"]
+UNSHIPPED = {".ci/run", ".gitignore"}
+JUNK = ["bench/results/a.json", "build/a.o", "dist/a.whl", "fastdiff/_C.so", "runs/a.png", "a.png"]
+JUNK += ["fastdiff/__pycache__/a.pyc", "kernels/__pycache__/a.pyc", ".venv/a.py", ".hypothesis/a"]
 
 USE = """
 import torch, fastdiff, fastdiff.kernels, fastdiff.models, fastdiff.op, sys
+from importlib.metadata import version
 from pathlib import Path
+assert fastdiff.__version__ == version("fastdiff")
 here = Path(fastdiff.__file__).parent
 streams = fastdiff.ops.streams_of(0, 1)
 with fastdiff.backend("reference"):
@@ -28,16 +35,36 @@ print(here, fastdiff.op.missing("cpp") is None)
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A copy of what is packaged; its build folder is shared, so that C++ compiles once."""
-    root = tmp_path_factory.mktemp("tree")
-    for name in TREE:
-        ignored = shutil.ignore_patterns("*.so", "__pycache__")
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, root / name, ignore=ignored)
+def sources():
+    """The files of the project, as git has them."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no checkout")
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", cwd=ROOT)
+    return {name for name in listed.split("\0") if (ROOT / name).is_file()}
+
+
+@pytest.fixture(scope="module")
+def sdist(sources, tmp_path_factory):
+    """The sdist of a checkout that has been worked in."""
+    root = tmp_path_factory.mktemp("checkout")
+    for name in [*sources, *JUNK]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in JUNK:
+            (root / name).touch()
         else:
-            shutil.copy(ROOT / name, root)
-    return root
+            shutil.copy(ROOT / name, root / name)
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", root, cwd=root)
+    (made,) = root.glob("dist/*.tar.gz")
+    return made
+
+
+@pytest.fixture(scope="module")
+def tree(sdist, tmp_path_factory):
+    """The sdist, unpacked; its build folder is shared, so that C++ compiles once."""
+    folder = tmp_path_factory.mktemp("tree")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"fastdiff-{fastdiff.__version__}"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +98,19 @@ def use(python, cwd, tree):
     assets = sorted(p.name for p in (tree / "fastdiff/assets").rglob("*") if p.is_file())
     where, has_kernels = run(python, "-c", USE, " ".join(assets), cwd=cwd).split()
     return Path(where), has_kernels == "True"
+
+
+def test_sdist_is_what_git_has(sdist, sources):
+    with tarfile.open(sdist) as archive:
+        names = [PurePath(*PurePath(m.name).parts[1:]) for m in archive.getmembers() if m.isfile()]
+    packed = {n.as_posix() for n in names if n.parts[0] != "fastdiff.egg-info"}
+    assert packed - {"PKG-INFO", "setup.cfg"} == sources - UNSHIPPED
+
+
+def test_the_changelog_begins_with_this_version(sdist):
+    newest = re.search(r"^## (\d+\.\d+\.\d+)\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest[1] == fastdiff.__version__
+    assert sdist.name == f"fastdiff-{newest[1]}.tar.gz"
 
 
 def test_pip_install_in_isolation(tree, fresh, tmp_path):

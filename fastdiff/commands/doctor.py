@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from ..op import BACKENDS, missing
 from ..ops import OPS, conv3x3_available
 from ..ops.layout import _C
 from ..verify import fault
+from ..version import __version__
 
 GPU_BACKENDS = {"triton": "Triton", "cuda": "CUDA"}
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _versions() -> Iterator[Finding]:
-    yield Finding("ok", f"fastdiff {version('fastdiff')}, python {platform.python_version()}")
+    yield Finding("ok", f"fastdiff {__version__}, python {platform.python_version()}")
     yield Finding("ok", f"torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 

@@ -186,7 +186,8 @@ class Engine(nn.Module):
             if isinstance(leaf, Tensor)
         )
         signs = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
-        key = (x.shape, t.shape, t.dtype, signs, structure, torch.get_num_threads())
+        nesting = repr(structure)  # itself it has no hash in torch 2.6
+        key = (x.shape, t.shape, t.dtype, signs, nesting, torch.get_num_threads())
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._make(x, t, leaves, structure)

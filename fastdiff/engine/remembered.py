@@ -11,13 +11,13 @@ import os
 import platform
 import zlib
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..files import make_folder, write_bytes
+from ..version import __version__
 
 
 def path() -> Path | None:
@@ -71,5 +71,5 @@ def _name() -> str:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line for line in lines if line.startswith("model name"))
-    said = f"{version('fastdiff')} {torch.__version__} {platform.machine()} {cpu}"
+    said = f"{__version__} {torch.__version__} {platform.machine()} {cpu}"
     return f"engine-{zlib.crc32(said.encode()):08x}.json"

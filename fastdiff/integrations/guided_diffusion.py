@@ -113,6 +113,7 @@ def from_guided_diffusion(
     Args:
         checkpoint: a state dict, a .safetensors file, or a .pt file as they are published.
         allow_pickle: read a .pt file: by torch.load with weights_only, which runs no code of it.
+            Before torch 2.10 a file made for it can corrupt memory there (CVE-2026-24747).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -213,7 +214,7 @@ def _state(
     if not allow_pickle:
         raise ValueError(
             f"{path}: is a pickle, read only if allow_pickle=True says so (by torch.load with "
-            "weights_only, which runs no code of it)"
+            "weights_only, which runs no code of it; trust the file all the same before torch 2.10)"
         )
     return torch.load(path, map_location="cpu", weights_only=True), path
 
