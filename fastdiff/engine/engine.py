@@ -22,6 +22,18 @@ from .tune import tune
 from .watch import Watch
 
 
+def _hashed() -> bool:
+    """Whether the structure of arguments has a hash; in torch 2.6 it has none."""
+    try:
+        hash(pytree.tree_flatten(((0,), {}))[1])
+    except TypeError:
+        return False
+    return True
+
+
+HASHED = _hashed()
+
+
 class Engine(nn.Module):
     """A network for inference on the CPU; made by `fastdiff.optimize`.
 
@@ -186,7 +198,7 @@ class Engine(nn.Module):
             if isinstance(leaf, Tensor)
         )
         signs = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
-        nesting = repr(structure)  # itself it has no hash in torch 2.6
+        nesting = structure if HASHED else repr(structure)
         key = (x.shape, t.shape, t.dtype, signs, nesting, torch.get_num_threads())
         program = self._programs.get(key)
         if program is None:
