@@ -1,10 +1,12 @@
 """Checks shared by the public functions: every message names the argument and what it takes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,8 +15,20 @@ MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     allowed = tuple(allowed)
-    if value not in allowed:
+    if not isinstance(value, Hashable) or value not in allowed:  # an array is equal to nothing
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def is_a(name: str, value: object, kind: type) -> None:
+    """Raise TypeError unless `value` is of this class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: must be a {kind.__name__}, got {type(value).__name__}")
+
+
+def is_callable(name: str, value: object) -> None:
+    """Raise TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: must be callable, got {type(value).__name__}")
 
 
 def is_tensor(name: str, value: object) -> None:
@@ -31,17 +45,33 @@ def is_batch(name: str, value: object) -> None:
         raise ValueError(f"{name}: has shape (), must be [B, ...]; unsqueeze it")
 
 
-def number(name: str, value: object) -> float:
-    """The value as a float; raise unless it is a finite number."""
+def number(name: str, value: object, infinite: bool = False) -> float:
+    """The value as a float; raise unless it is a finite number, or, if that is allowed, inf."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(f"{name}: must be a number, got {type(value).__name__}")
     try:
         found = float(value)
     except OverflowError:
         found = math.inf
-    if not math.isfinite(found):
+    if not (math.isfinite(found) or (infinite and found == math.inf)):
         raise ValueError(f"{name}={value}: must be finite")
     return found
+
+
+def numbers(name: str, values: object, kinds: str = "iuf") -> NDArray[Any]:
+    """The values as an array; raise TypeError unless numpy's kind of its numbers is one of these.
+
+    By default integers and floats; "iu" is integers alone.
+    """
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged; or a GPU's, or with a gradient
+        raise TypeError(f"{name}: must be numbers, in the host's memory ({error})") from None
+    if array.dtype.kind not in kinds and array.size:
+        wanted = "a number or a list of numbers" if "f" in kinds else "a list of integers"
+        got = f"{type(values).__name__} of {array.dtype}"
+        raise TypeError(f"{name}: must be {wanted}, got {got}")
+    return array
 
 
 def has_dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import one_of
+from .errors import is_a, one_of
 from .schedule import NoiseSchedule
 
 
@@ -61,6 +61,7 @@ def like(
     T // steps whatever timestep it will see next; that is wrong wherever the two differ, and
     reproduced here. Raises ValueError for an unknown peer or solver.
     """
+    is_a("schedule", schedule, NoiseSchedule)
     one_of("peer", peer, PRESETS)
     one_of("solver", solver, PRESETS[peer])
     preset = PRESETS[peer][solver]
