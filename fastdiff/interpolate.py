@@ -45,4 +45,4 @@ def interpolate(x_a: Tensor, x_b: Tensor, fractions: Sequence[float] | Tensor) -
     sine = torch.where(near, 1.0, theta.sin())
     weight_a = torch.where(near, 1 - f, ((1 - f) * theta).sin() / sine)
     weight_b = torch.where(near, f, (f * theta).sin() / sine)
-    return (weight_a * a + weight_b * b).to(x_a.dtype).reshape(-1, *x_a.shape)
+    return (weight_a * a + weight_b * b).to(x_a.dtype).reshape(len(f), *x_a.shape)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import is_a, one_of
 from .schedule import NoiseSchedule
+from .spacing import count
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def like(
     """
     is_a("schedule", schedule, NoiseSchedule)
     one_of("peer", peer, PRESETS)
+    if steps is not None:
+        count("steps", steps, 1, len(schedule))
+    count("offset", offset, -len(schedule), len(schedule))
     one_of("solver", solver, PRESETS[peer])
     preset = PRESETS[peer][solver]
     if not (set_alpha_to_one or preset.fixed_stride):

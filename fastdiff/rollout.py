@@ -185,7 +185,7 @@ def split(
         errors.on_device("model: its output", out, "x", x)
     if out.shape == x.shape and not (guided or learned_variance):
         return out, None, None
-    batch, channels = x.shape[:2]
+    batch, channels = len(x), x.shape[1:2].numel()
     wanted = (2 * batch if guided else batch, *x.shape[1:])
     extra = learned_variance
     if out.shape != wanted:

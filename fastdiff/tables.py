@@ -291,14 +291,18 @@ def langevin(
     level's. denoise adds a last row x' = D. Song & Ermon 2019, Algorithm 1, with u for their
     alpha_i / 2; the last row is Jolicoeur-Martineau et al. 2020's.
     """
-    if not number("step_size", step_size) > 0:
-        raise ValueError(f"step_size={step_size}: must be positive")
+    number("step_size", step_size)
     each = levels(schedule, timesteps)
     count("inner", inner, 1, MOST // len(each.t))
     index = np.append(np.repeat(np.arange(len(each.t)), inner), -1)[: None if denoise else -1]
     last = index == -1
     at = Levels(*(column[index] for column in each))
     pull = step_size / at.sigma[-1] ** 2  # u / sigma^2, the same at every level
+    if not 0 < pull < 2:  # at 2 the state stops shrinking
+        raise ValueError(
+            f"step_size={step_size}: must be in (0, {2 * at.sigma[-1] ** 2:.4g}), twice the last "
+            "level's variance; with more the chain diverges"
+        )
     row = _columns(schedule, at, prediction, clip)
     return Table(
         name=f"langevin(inner={inner})",
