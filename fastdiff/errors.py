@@ -15,7 +15,8 @@ MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     allowed = tuple(allowed)
-    if not isinstance(value, Hashable) or value not in allowed:  # an array is equal to nothing
+    array = isinstance(value, Tensor) or not isinstance(value, Hashable)  # equal to nothing
+    if array or value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 
@@ -102,11 +103,17 @@ def on_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def per_sample(
-    name: str, value: Tensor, dtype: torch.dtype, other_name: str, other: Tensor
+    name: str, value: Tensor, dtype: torch.dtype | None, other_name: str, other: Tensor
 ) -> None:
-    """Raise unless `value` is a tensor [B] of `dtype`, one entry a sample of `other` [B, ...]."""
+    """Raise unless `value` is a tensor [B], one entry a sample of `other` [B, ...].
+
+    Its numbers are of `dtype`, or, if that is None, integers or floats of any size.
+    """
     is_tensor(name, value)
-    has_dtype(name, value, (dtype,))
+    if dtype is not None:
+        has_dtype(name, value, (dtype,))
+    elif value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name}: has dtype {value.dtype}, must be integer or floating point")
     on_device(name, value, other_name, other)
     if value.shape != other.shape[:1]:
         raise ValueError(

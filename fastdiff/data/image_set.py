@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.load_images import load_images
+from ..ops.load_images import check_pad, load_images
 from . import order
 
 
@@ -40,8 +40,7 @@ class ImageSet:
                 f"images {self.images.dtype} {tuple(self.images.shape)}: "
                 "must be uint8 [N, C, H, W] with N of 1 or more"
             )
-        if type(self.pad) is not int or self.pad < 0:
-            raise ValueError(f"pad={self.pad!r}: must be an int of 0 or more")
+        check_pad(self.pad)
         if self.labels is None:
             return
         given = self.labels

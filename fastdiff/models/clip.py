@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import is_batch
 from .config import UNetConfig
 from .encoder import EncoderUNet
 from .text import TextEncoder, check_tokens
@@ -53,6 +54,7 @@ class CLIP(nn.Module):
         Raises:
             ValueError, TypeError: other shapes, dtypes or tokens.
         """
+        is_batch("tokens", tokens)
         check_tokens("tokens", tokens, len(tokens), self.config)
         return F.normalize(self.text_proj(self.text(tokens)[:, -1]))
 

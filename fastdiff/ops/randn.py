@@ -122,6 +122,7 @@ def streams_of(
     seeds = sizes("seed", [seed] if one else seed)
     if not one and len(seeds) != batch:
         raise ValueError(f"seed: has {len(seeds)} entries, must be one int or {batch} of them")
+    batch = count("batch", batch, 0)
     first_index = count("first_index", first_index, 0, (1 << 63) - max(1, batch))
     for word in seeds:
         if not 0 <= word < 1 << 63:
@@ -148,7 +149,7 @@ def _draw(
         raise ValueError(f"shape={shape}: has more elements than memory has addresses")
     if math.prod(shape[1:]) > _LARGEST_SAMPLE:
         raise ValueError(f"shape={shape}: a sample can have at most 2^34 elements")
-    row = count("row", row, BEFORE_FIRST_ROW, _WORD - 1)
+    row = check_row(row)
     streams = streams_of(seed, shape[0], first_index, device=device)
     return OP.call(shape, streams, row, bits)
 
@@ -180,6 +181,11 @@ def randbits(
 ) -> Tensor:
     """The uint32 stream that `randn` is made from, [B, ...]; arguments as there."""
     return _draw(shape, seed, row, first_index, device, bits=True)
+
+
+def check_row(row: int) -> int:
+    """The row, if it is one: -1, that of x_T, or as many as 32 bits count."""
+    return count("row", row, BEFORE_FIRST_ROW, _WORD - 1)
 
 
 def check_streams(name: str, streams: Tensor, batch: int) -> None:
