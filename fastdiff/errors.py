@@ -1,7 +1,9 @@
 """Checks shared by the public functions: every message names the argument and what it takes."""
 
 import math
+import os
 from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,25 @@ def numbers(name: str, values: object, kinds: str = "iuf") -> NDArray[Any]:
         got = f"{type(values).__name__} of {array.dtype}"
         raise TypeError(f"{name}: must be {wanted}, got {got}")
     return array
+
+
+def path(name: str, value: object) -> Path:
+    """The value as a path; raise TypeError unless it is a str or a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}: must be a str or a path, got {type(value).__name__}")
+    if value == "":
+        raise ValueError(f"{name}='': must be a path; '.' is the folder one is in")
+    return Path(value)
+
+
+def is_pictures(name: str, value: object) -> None:
+    """Raise unless `value` is a tensor of uint8 images [N, C, H, W]."""
+    is_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype != torch.uint8 or value.dim() != 4:
+        raise ValueError(
+            f"{name}: are {value.dtype} {tuple(value.shape)}, must be uint8 [N, C, H, W]"
+        )
 
 
 def has_dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from types import UnionType
 from typing import Any, Self, get_args, get_origin, get_type_hints
+
+from .errors import is_a
 
 
 class Record:
@@ -16,13 +19,15 @@ class Record:
         for name, hint in hints.items():
             if not _fits(value := getattr(self, name), hint):
                 takes = hint.__name__ if isinstance(hint, type) else hint
+                takes = f"{takes}, and finite" if "float" in str(takes) else takes
                 raise TypeError(f"{name}={value!r}: must be {takes}")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The record that `to_json` wrote; unknown names are refused with a ValueError."""
+        is_a(cls.__name__, data, Mapping)
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-        if unknown := sorted(set(data) - set(known)):
+        if unknown := sorted(set(data) - set(known), key=str):
             raise ValueError(f"{cls.__name__}: has no fields {unknown}, takes {sorted(known)}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
@@ -37,4 +42,6 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if hint is float and type(value) is float:
+        return math.isfinite(value)
     return type(value) in ((int, float) if hint is float else (hint,))

@@ -119,7 +119,8 @@ def test_pictures(changes):
     images, shape = changes.get("images", JUDGED), changes.get("shape", (1, 6, 8))
     found = refused_clearly(lambda: evaluate.framed(images, shape), "images", "shape")
     if found is not None:
-        assert tuple(found.shape[1:]) == tuple(shape) and found.sum() == images.sum()
+        assert found.dtype == torch.uint8 and tuple(found.shape[1:]) == tuple(shape)
+        assert found.sum() == images.sum()
     soft = refused_clearly(lambda: evaluate.blurred(images), "images")
     if soft is not None and images.numel():
         padded = torch.nn.functional.pad(images.double(), [1] * 4)

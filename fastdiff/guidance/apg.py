@@ -70,7 +70,8 @@ class APG(Guided):
         super().__init__(model, w, null_cond=null_cond)
         if not 0 <= errors.number("eta", eta) <= 1:
             raise ValueError(f"eta={eta}: must be in [0, 1]")
-        if not errors.number("radius", radius, infinite=True) > 0:
+        radius = errors.number("radius", radius, infinite=True)
+        if not radius > 0:
             raise ValueError(f"radius={radius}: must be positive, or inf for none")
         if not -1 < errors.number("momentum", momentum) < 1:
             raise ValueError(f"momentum={momentum}: must be in (-1, 1)")
