@@ -25,7 +25,8 @@ def positions(size: int, rank: int, world: int) -> slice:
     ValueError unless `world` divides `size` and `rank` is in [0, world).
     """
     count("world", world, 1)
-    count("rank", rank, 0, world - 1, f", being less than world={world}")
+    if count("rank", rank, 0) >= world:
+        raise ValueError(f"rank={rank}: must be in [0, world), world={world} being 1 or more")
     if count("size", size, 1, LARGEST) % world:
         raise ValueError(f"size={size}: must be a multiple of world={world}, and 1 or more")
     return slice(size // world * rank, size // world * (rank + 1))

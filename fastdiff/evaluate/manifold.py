@@ -28,7 +28,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     """
     for name, value in (("real", real), ("fake", fake)):
         check_features(name, value)
-        count("k", k, 1, len(value) - 1, f", less than {name} has points")
+        if not 0 < count("k", k, 0) < len(value):
+            raise ValueError(f"k={k}: must be 1 or more and less than {name}'s {len(value)} points")
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"fake: has {fake.shape[1]} features, must have {real.shape[1]} as real")
     real, fake = real.double(), fake.double()
