@@ -19,8 +19,10 @@ class Record:
         for name, hint in hints.items():
             if not _fits(value := getattr(self, name), hint):
                 takes = hint.__name__ if isinstance(hint, type) else hint
-                takes = f"{takes}, and finite" if "float" in str(takes) else takes
                 raise TypeError(f"{name}={value!r}: must be {takes}")
+            parts = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+                raise ValueError(f"{name}={value!r}: must be finite")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -42,6 +44,4 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0]) for v in value)
-    if hint is float and type(value) is float:
-        return math.isfinite(value)
     return type(value) in ((int, float) if hint is float else (hint,))
