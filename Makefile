@@ -15,7 +15,7 @@ test: .venv/ready
 
 # generated input, ten thousand examples a call
 nightly: .venv/ready
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_bad_input.py tests/test_bad_files.py
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_bad_*.py
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py --steps 50

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import errors
 from .errors import one_of
 from .files import make_folder, read_tensors, write_bytes, write_tensors
 from .models import UNet, UNetConfig
@@ -55,9 +57,22 @@ def save(
     Raises:
         OSError: a file cannot be written; says why and what to do, and leaves what was there.
     """
+    errors.is_a("model", model, Network)
+    errors.is_a("schedule", schedule, NoiseSchedule)
     one_of("prediction", prediction, PREDICTIONS)
     one_of("dtype", dtype, STORED)
-    weights, config = _paths(Path(folder))
+    listed = isinstance(class_names, tuple | list)
+    if not listed or not all(isinstance(name, str) for name in class_names):
+        raise TypeError(f"class_names={class_names!r}: must be a tuple of str")
+    if distilled is not None:
+        errors.is_a("distilled", distilled, Distilled)
+    if training is not None:
+        errors.is_a("training", training, Mapping)
+        try:
+            json.dumps(training)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"training: must be JSON values ({error})") from None
+    weights, config = _paths(errors.path("folder", folder))
     record = {
         "model": model.config.to_json(),
         "schedule": schedule.to_json(),
@@ -115,7 +130,7 @@ def load_encoder(source: str | Path) -> EncoderUNet:
 
 
 def _load(source: str | Path) -> Network:
-    path = Path(source)
+    path = errors.path("source", source)
     if not path.exists() and (ASSETS / path).is_dir():
         path = ASSETS / path
     if not path.exists():

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import errors
 from .levels import levels
 from .ops.randn import randn, streams_of
-from .rollout import Model, Rollout, placement, unconditional
+from .rollout import Model, Rollout, check_conditions, check_images, placement, unconditional
 from .samplers import DDIMSampler, DDPMSampler, HeunSampler, ScheduledSampler
 from .spacing import count
 
@@ -53,8 +53,8 @@ def image_to_image(
     """
     if not isinstance(sampler, ScheduledSampler):
         raise TypeError(f"sampler: must be one with timesteps, got {type(sampler).__name__}")
-    _check_image(model, image)
-    if not 0 < strength <= 1:
+    check_images("image", image, model)
+    if not 0 < errors.number("strength", strength) <= 1:
         raise ValueError(f"strength={strength}: must be in (0, 1]")
     left = sampler.tail(max(1, round(strength * len(sampler.timesteps))))
     t = left.timesteps[0]
@@ -117,13 +117,12 @@ def inpaint(
         )
     if sampler.table.classifier:
         raise ValueError("sampler: inpainting takes none with a classifier scale; leave it out")
-    _check_image(model, image)
+    check_images("image", image, model)
+    check_conditions(len(image), cond=cond, uncond=uncond)
     errors.like("mask", mask, "image", image)
     errors.has_dtype("mask", mask, (torch.bool,))
     count("jump", jump, 1)
     count("resamplings", resamplings, 1)
-    if cond is not None and len(cond) != len(image):
-        raise ValueError(f"cond: has batch {len(cond)}, must be {len(image)} as image")
     at = levels(sampler.schedule, sampler.timesteps, sampler.options.get("next_timesteps"))
     walk = _walk(len(at.t), jump, resamplings)
     table = sampler.table if guidance is None else sampler.table.with_guidance(guidance)
@@ -170,13 +169,3 @@ def _walk(rows: int, jump: int, resamplings: int) -> list[tuple[int, int]]:
         walk.append((row, to))
         row = to
     return walk
-
-
-def _check_image(model: Model, image: Tensor) -> None:
-    errors.is_tensor("image", image)
-    errors.has_dtype("image", image, (torch.float32,))
-    if image.dim() < 2 or not image.numel():
-        raise ValueError(f"image: has shape {tuple(image.shape)}, must be (B, C, ...)")
-    device = placement(model)[1]
-    if device is not None and image.device != device:
-        raise ValueError(f"image: is on {image.device}, the model is on {device}; move one")

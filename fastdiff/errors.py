@@ -1,10 +1,14 @@
 """Checks shared by the public functions: every message names the argument and what it takes."""
 
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,8 +17,21 @@ MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     allowed = tuple(allowed)
-    if value not in allowed:
+    array = isinstance(value, Tensor) or not isinstance(value, Hashable)  # equal to nothing
+    if array or value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+
+
+def is_a(name: str, value: object, kind: type) -> None:
+    """Raise TypeError unless `value` is of this class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: must be a {kind.__name__}, got {type(value).__name__}")
+
+
+def is_callable(name: str, value: object) -> None:
+    """Raise TypeError unless `value` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: must be callable, got {type(value).__name__}")
 
 
 def is_tensor(name: str, value: object) -> None:
@@ -31,17 +48,52 @@ def is_batch(name: str, value: object) -> None:
         raise ValueError(f"{name}: has shape (), must be [B, ...]; unsqueeze it")
 
 
-def number(name: str, value: object) -> float:
-    """The value as a float; raise unless it is a finite number."""
+def number(name: str, value: object, infinite: bool = False) -> float:
+    """The value as a float; raise unless it is a finite number, or, if that is allowed, inf."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(f"{name}: must be a number, got {type(value).__name__}")
     try:
         found = float(value)
     except OverflowError:
         found = math.inf
-    if not math.isfinite(found):
+    if not (math.isfinite(found) or (infinite and found == math.inf)):
         raise ValueError(f"{name}={value}: must be finite")
     return found
+
+
+def numbers(name: str, values: object, kinds: str = "iuf") -> NDArray[Any]:
+    """The values as an array; raise TypeError unless numpy's kind of its numbers is one of these.
+
+    By default integers and floats; "iu" is integers alone.
+    """
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged; or a GPU's, or with a gradient
+        raise TypeError(f"{name}: must be numbers, in the host's memory ({error})") from None
+    if array.dtype.kind not in kinds and array.size:
+        wanted = "a number or a list of numbers" if "f" in kinds else "a list of integers"
+        got = f"{type(values).__name__} of {array.dtype}"
+        raise TypeError(f"{name}: must be {wanted}, got {got}")
+    return array
+
+
+def path(name: str, value: object) -> Path:
+    """The value as a path; raise TypeError unless it is a str or a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}: must be a str or a path, got {type(value).__name__}")
+    if value == "":
+        raise ValueError(f"{name}='': must be a path; '.' is the folder one is in")
+    return Path(value)
+
+
+def is_pictures(name: str, value: object) -> None:
+    """Raise unless `value` is a tensor of uint8 images [N, C, H, W]."""
+    is_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype != torch.uint8 or value.dim() != 4:
+        raise ValueError(
+            f"{name}: are {value.dtype} {tuple(value.shape)}, must be uint8 [N, C, H, W]"
+        )
 
 
 def has_dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -72,11 +124,17 @@ def on_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def per_sample(
-    name: str, value: Tensor, dtype: torch.dtype, other_name: str, other: Tensor
+    name: str, value: Tensor, dtype: torch.dtype | None, other_name: str, other: Tensor
 ) -> None:
-    """Raise unless `value` is a tensor [B] of `dtype`, one entry a sample of `other` [B, ...]."""
+    """Raise unless `value` is a tensor [B], one entry a sample of `other` [B, ...].
+
+    Its numbers are of `dtype`, or, if that is None, integers or floats of any size.
+    """
     is_tensor(name, value)
-    has_dtype(name, value, (dtype,))
+    if dtype is not None:
+        has_dtype(name, value, (dtype,))
+    elif value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name}: has dtype {value.dtype}, must be integer or floating point")
     on_device(name, value, other_name, other)
     if value.shape != other.shape[:1]:
         raise ValueError(

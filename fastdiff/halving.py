@@ -78,7 +78,7 @@ def halve(
         ValueError: timesteps out of order or range or odd in number, an unknown prediction, or one
             that says nothing about x0 at alpha = 0.
     """
-    target = target or prediction
+    target = prediction if target is None else target
     one_of("prediction", prediction, PREDICTIONS)
     one_of("target", target, PREDICTIONS)
     teacher = ddim(schedule, timesteps, prediction=prediction)

@@ -10,6 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from . import errors
+from .spacing import count
+
+LARGEST = 1 << 28  # pixels of a picture
+
 
 def to_uint8(x: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8 [B, C, H, W] on the CPU, rounded, clamped; uint8 is left as is."""
@@ -30,20 +35,23 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2, scale: int = 1) ->
     Raises:
         ValueError: another shape.
     """
+    errors.is_tensor("x", x)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
         raise ValueError(f"x of shape {tuple(x.shape)}: must be [B, 1 or 3, H, W], B of 1 or more")
-    if columns is not None and columns < 1:
-        raise ValueError(f"columns={columns}: must be 1 or more")
-    if scale < 1:
-        raise ValueError(f"scale={scale}: must be 1 or more")
+    if columns is not None:
+        count("columns", columns, 1)
+    count("gap", gap, 0)
+    count("scale", scale, 1)
     batch, channels, height, width = x.shape
     across = columns or math.ceil(math.sqrt(batch))
     down = math.ceil(batch / across)
-    canvas = torch.full(
-        (channels, down * (height + gap) - gap, across * (width + gap) - gap),
-        255,
-        dtype=torch.uint8,
-    )
+    size = down * (height + gap) - gap, across * (width + gap) - gap
+    if not 0 < size[0] * size[1] * scale**2 <= LARGEST:
+        raise ValueError(
+            f"columns={columns}, gap={gap}, scale={scale}: {batch} images of x, {height}x{width}, "
+            f"make a picture of {size[0] * scale}x{size[1] * scale} pixels; takes 1 to {LARGEST:,}"
+        )
+    canvas = torch.full((channels, *size), 255, dtype=torch.uint8)
     for k, image in enumerate(to_uint8(x)):
         top, left = k // across * (height + gap), k % across * (width + gap)
         canvas[:, top : top + height, left : left + width] = image

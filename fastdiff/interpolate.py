@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,15 @@ def interpolate(x_a: Tensor, x_b: Tensor, fractions: Sequence[float] | Tensor) -
     """
     errors.is_tensor("x_a", x_a)
     errors.like("x_b", x_b, "x_a", x_a)
-    f = torch.as_tensor(fractions, dtype=torch.float64, device=x_a.device)
-    if f.dim() != 1:
-        raise ValueError(f"fractions: has shape {tuple(f.shape)}, must be a list of numbers")
+    errors.has_dtype("x_b", x_b, (x_a.dtype,))
+    f = fractions
+    if not isinstance(f, Tensor):
+        f = torch.from_numpy(errors.numbers("fractions", f).astype(np.float64))
+    if f.dim() != 1 or f.is_complex() or not f.isfinite().all():
+        raise ValueError(
+            f"fractions: is {f.dtype} of shape {tuple(f.shape)}, must be a list of finite numbers"
+        )
+    f = f.to(x_a.device, torch.float64)
     if x_a.dim() < 2 or not x_a.is_floating_point():
         raise ValueError(
             f"x_a: is {x_a.dtype} of shape {tuple(x_a.shape)}, must be floating point [B, ...]"
@@ -38,4 +45,4 @@ def interpolate(x_a: Tensor, x_b: Tensor, fractions: Sequence[float] | Tensor) -
     sine = torch.where(near, 1.0, theta.sin())
     weight_a = torch.where(near, 1 - f, ((1 - f) * theta).sin() / sine)
     weight_b = torch.where(near, f, (f * theta).sin() / sine)
-    return (weight_a * a + weight_b * b).to(x_a.dtype).reshape(-1, *x_a.shape)
+    return (weight_a * a + weight_b * b).to(x_a.dtype).reshape(len(f), *x_a.shape)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import errors
 from .schedule import Array, NoiseSchedule
 
 
@@ -34,6 +35,7 @@ def levels(
     schedule: NoiseSchedule, timesteps: ArrayLike, next_timesteps: ArrayLike | None = None
 ) -> Levels:
     """Look up both ends of every row, after checking them."""
+    errors.is_a("schedule", schedule, NoiseSchedule)
     t = integers("timesteps", timesteps)
     after = np.append(t[1:], -1)
     to = after if next_timesteps is None else integers("next_timesteps", next_timesteps)
@@ -54,8 +56,8 @@ def level_at(schedule: NoiseSchedule, t: NDArray[np.int64]) -> tuple[Array, Arra
 
 
 def integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+    array = errors.numbers(name, values, "iu")
+    if array.ndim != 1:
         raise TypeError(f"{name}: must be a list of integers, got {values!r}")
     return array.astype(np.int64)
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import one_of
+from .errors import is_a, one_of
 from .schedule import NoiseSchedule
+from .spacing import count
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ def like(
     T // steps whatever timestep it will see next; that is wrong wherever the two differ, and
     reproduced here. Raises ValueError for an unknown peer or solver.
     """
+    is_a("schedule", schedule, NoiseSchedule)
     one_of("peer", peer, PRESETS)
+    if steps is not None:
+        count("steps", steps, 1, len(schedule))
+    count("offset", offset, -len(schedule), len(schedule))
     one_of("solver", solver, PRESETS[peer])
     preset = PRESETS[peer][solver]
     if not (set_alpha_to_one or preset.fixed_stride):

@@ -33,12 +33,34 @@ def placement(model: Model) -> tuple[torch.dtype, torch.device | None]:
     A callable without parameters takes float32, on no device in particular; a model with an
     `input_dtype` takes that.
     """
+    errors.is_callable("model", model)
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     first = next((p for p in parameters if p.is_floating_point()), None)
     if first is None:
         return torch.float32, None
     errors.has_dtype("model: its parameters", first, errors.MODEL_DTYPES)
     return getattr(model, "input_dtype", first.dtype), first.device
+
+
+def check_images(name: str, images: Tensor, model: Model) -> None:
+    """Raise unless these are float32 [B, C, ...], none of them empty, on the model's device."""
+    errors.is_tensor(name, images)
+    errors.has_dtype(name, images, (torch.float32,))
+    if images.dim() < 2 or not images.numel():
+        raise ValueError(f"{name}: has shape {tuple(images.shape)}, must be (B, C, ...)")
+    device = placement(model)[1]
+    if device is not None and images.device != device:
+        raise ValueError(f"{name}: is on {images.device}, the model is on {device}; move one")
+
+
+def check_conditions(batch: int, **conditions: Tensor | None) -> None:
+    """Raise unless these are tensors [B, ...] of this batch, or None."""
+    for name, value in conditions.items():
+        if value is None:
+            continue
+        errors.is_batch(name, value)
+        if len(value) != batch:
+            raise ValueError(f"{name}: has batch {len(value)}, must be {batch}, one a sample")
 
 
 class Rollout:
@@ -163,7 +185,7 @@ def split(
         errors.on_device("model: its output", out, "x", x)
     if out.shape == x.shape and not (guided or learned_variance):
         return out, None, None
-    batch, channels = x.shape[:2]
+    batch, channels = len(x), x.shape[1:2].numel()
     wanted = (2 * batch if guided else batch, *x.shape[1:])
     extra = learned_variance
     if out.shape != wanted:

@@ -17,9 +17,17 @@ from . import errors, presets, tables
 from . import graph as graphs
 from .ops.randn import BEFORE_FIRST_ROW, randn, streams_of
 from .ops.step import step
-from .rollout import Model, Rollout, placement, split, unconditional
+from .rollout import (
+    Model,
+    Rollout,
+    check_conditions,
+    check_images,
+    placement,
+    split,
+    unconditional,
+)
 from .schedule import NoiseSchedule
-from .spacing import SPACINGS
+from .spacing import SPACINGS, count, sizes
 from .table import Table
 
 Spacing = str | Iterable[int]
@@ -34,6 +42,7 @@ class Sampler:
     """
 
     def __init__(self, table: Table) -> None:
+        errors.is_a("table", table, Table)
         self.table = table
         self._guided: list[bool] = (table.w != 0).tolist()
         self._noisy, self._history = table.noisy, table.history
@@ -82,7 +91,11 @@ class Sampler:
 
         Raises ValueError or TypeError, before the model runs, for arguments that do not fit.
         """
-        shape, table, interval = tuple(shape), self.table, guidance_interval
+        errors.is_callable("model", model)
+        for name, given in (("gradient", gradient), ("callback", callback)):
+            if given is not None:
+                errors.is_callable(name, given)
+        shape, table, interval = sizes("shape", shape), self.table, guidance_interval
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"shape={shape}: must be (B, C, ...), every size at least 1")
         if guidance is not None:
@@ -91,6 +104,7 @@ class Sampler:
             raise ValueError("guidance_interval: was given without guidance; give its weight w")
         if interval is not None and table.classifier:
             table = table.with_classifier_in(interval)
+        check_conditions(shape[0], cond=cond, uncond=uncond)
         if table.guided:
             uncond = unconditional(model, cond, uncond)
         errors.one_of("gradient_at", gradient_at, ("x", "mean"))
@@ -98,9 +112,6 @@ class Sampler:
             raise ValueError(
                 "gradient: is needed by a table with a classifier scale, and only by it"
             )
-        for name, value in (("cond", cond), ("uncond", uncond)):
-            if value is not None and len(value) != shape[0]:
-                raise ValueError(f"{name}: has batch {len(value)}, must be {shape[0]} as in shape")
         start, streams = self._start(model, shape, seed, x_T, first_index)
         dtype, preview = placement(model)[0], callback is not None
         rollout = Rollout(
@@ -144,7 +155,7 @@ class Sampler:
         x: Tensor,
         noise: Tensor | None = None,
         *,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         first_index: int = 0,
     ) -> Tensor:
         """Row i of the table, for a loop of your own: the next state, float32, as x.
@@ -155,16 +166,16 @@ class Sampler:
         streams (seed, first_index + k), which is that of `sample`. A solver with history keeps
         its register here: run the rows in order, from 0.
         """
-        if not 0 <= i < len(self.table):
-            raise ValueError(f"i={i}: must be in [0, {len(self.table)}), the table's rows")
-        errors.is_tensor("x", x)
+        i = count("i", i, 0, len(self.table) - 1, ", a row of the table")
+        errors.is_batch("x", x)
         if noise is not None:
             errors.like("noise", noise, "x", x)
             errors.has_dtype("noise", noise, (torch.float32,))
         m, m_u, v = split(model_output, x, self._guided[i], self._learned_variance)
         streams = None
         if self._noisy and noise is None:
-            streams = _streams(seed, len(x), first_index, device=x.device)
+            make = _streams if type(seed) is int else streams_of
+            streams = make(seed, len(x), first_index, device=x.device)
         columns, rows = self._on(x.device)
         if not self._history:
             return step(x, m, columns, rows[i], m_u=m_u, v=v, z=noise, streams=streams)
@@ -223,21 +234,27 @@ class ScheduledSampler(Sampler):
         timesteps, options = presets.like(peer, cls.solver, schedule, steps, **options)
         return cls.__new__(cls)._build(schedule, timesteps, **options)
 
-    def tail(self, count: int) -> Self:
-        """This sampler, of its last `count` timesteps alone: for data that is noisy already."""
+    def tail(self, steps: int) -> Self:
+        """This sampler, of its last `steps` timesteps alone: for data that is noisy already."""
+        count("steps", steps, 1, len(self.timesteps))
         options = dict(self.options)
         if options.get("next_timesteps") is not None:
-            options["next_timesteps"] = options["next_timesteps"][-count:]
+            options["next_timesteps"] = options["next_timesteps"][-steps:]
         made = self.__class__.__new__(self.__class__)
-        return made._build(self.schedule, self.timesteps[-count:], **options)
+        return made._build(self.schedule, self.timesteps[-steps:], **options)
 
 
 def _timesteps(
-    schedule: NoiseSchedule, steps: int | None, spacing: Spacing, offset: int, usual: int
+    schedule: NoiseSchedule,
+    steps: int | None,
+    spacing: Spacing,
+    offset: int,
+    usual: int | None = None,
 ) -> NDArray[np.int64]:
-    """The schedule's timesteps; `usual` is how many a spacing that implies none gets."""
+    """The schedule's timesteps; `usual` is how many a spacing that implies none gets, or all."""
+    errors.is_a("schedule", schedule, NoiseSchedule)
     if steps is None and isinstance(spacing, str) and spacing in SPACINGS:
-        steps = min(usual, len(schedule))
+        steps = min(usual or len(schedule), len(schedule))
     return schedule.timesteps(steps, spacing, offset)
 
 
@@ -285,8 +302,8 @@ class DDIMSampler(ScheduledSampler):
         x0: float32 [B, C, ...]. `sample(model, x_T=invert(model, x0), ...)` with eta = 0 comes
         back to x0, to first order in the step (Song et al. 2021, section 5.4). graph: as `sample`.
         """
-        errors.is_tensor("x0", x0)
-        errors.has_dtype("x0", x0, (torch.float32,))
+        check_images("x0", x0, model)
+        check_conditions(len(x0), cond=cond)
         given = {k: v for k, v in self.options.items() if k in ("prediction", "clip")}
         table = tables.ddim_inverse(self.schedule, self.timesteps, **given)
         rollout = Rollout(table, placement(model)[0], x0.clone(), cond=cond)
@@ -317,7 +334,7 @@ class DDPMSampler(ScheduledSampler):
         offset: int = 0,
         classifier_scale: float = 0.0,
     ) -> None:
-        timesteps = _timesteps(schedule, steps, spacing, offset, len(schedule))
+        timesteps = _timesteps(schedule, steps, spacing, offset)
         self._build(
             schedule, timesteps, variance=variance, prediction=prediction, clip=clip,
             classifier_scale=classifier_scale,
@@ -400,7 +417,7 @@ class LangevinSampler(ScheduledSampler):
         step_size: float = 2e-5,
         denoise: bool = True,
     ) -> None:
-        timesteps = _timesteps(schedule, steps, spacing, offset, len(schedule))
+        timesteps = _timesteps(schedule, steps, spacing, offset)
         self._build(
             schedule, timesteps, prediction=prediction, clip=clip, inner=inner,
             step_size=step_size, denoise=denoise,

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import one_of
+from .errors import is_a, number, numbers, one_of
 from .prediction import PREDICTIONS
-from .spacing import SPACINGS, count, sections
+from .spacing import SPACINGS, count, sections, sizes
 
 Array = NDArray[np.float64]
+MOST = 1 << 24  # levels: a network is told the timestep in float32, which has no more of them
+LEAST_BETA = 1e-16  # in float64 1 less anything smaller is 1, a level without noise
 
 
 def logsnr_cosine(u: ArrayLike, logsnr_max: float = 20.0) -> NDArray[Any]:
@@ -47,6 +49,7 @@ class NoiseSchedule:
     recipe: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        is_a("recipe", self.recipe, Mapping)
         for name in ("alpha", "sigma"):
             values = _vector(name, getattr(self, name))
             bad = ~np.isfinite(values) | (values < 0)
@@ -68,7 +71,7 @@ class NoiseSchedule:
     @classmethod
     def linear(cls, T: int = 1000) -> NoiseSchedule:
         """betas from 1e-4 to 0.02, times 1000 / T (Ho et al. 2020; scaled as iDDPM does)."""
-        count("T", T, 20, why=" (the last beta is 20 / T; use cosine for fewer levels)")
+        count("T", T, 20, MOST, " (the last beta is 20 / T; use cosine for fewer levels)")
         betas = np.linspace(1e-4 * 1000 / T, 0.02 * 1000 / T, T)
         return cls._from_betas(betas, {"name": "linear", "T": int(T)})
 
@@ -78,7 +81,7 @@ class NoiseSchedule:
 
         Nichol & Dhariwal 2021, equation 17.
         """
-        count("T", T, 1)
+        count("T", T, 1, MOST)
         edges = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
         return cls._from_betas(betas, {"name": "cosine", "T": int(T)})
@@ -88,10 +91,15 @@ class NoiseSchedule:
         cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> NoiseSchedule:
         """sqrt(beta) linear in t: Stable Diffusion's schedule (Rombach et al. 2022)."""
-        count("T", T, 1)
-        recipe = {"name": "scaled_linear", "T": int(T)}
-        recipe |= {"beta_start": float(beta_start), "beta_end": float(beta_end)}
-        return cls._from_betas(np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2, recipe)
+        count("T", T, 1, MOST)
+        ends = {"beta_start": beta_start, "beta_end": beta_end}
+        for name, beta in ends.items():
+            ends[name] = number(name, beta)
+            if not LEAST_BETA < beta <= 1:
+                raise ValueError(f"{name}={beta}: must be in ({LEAST_BETA}, 1]")
+        first, last = (beta**0.5 for beta in ends.values())
+        recipe = {"name": "scaled_linear", "T": int(T), **ends}
+        return cls._from_betas(np.linspace(first, last, T) ** 2, recipe)
 
     @classmethod
     def logsnr_cosine(cls, T: int = 1000, logsnr_max: float = 20.0) -> NoiseSchedule:
@@ -100,25 +108,34 @@ class NoiseSchedule:
         Trailing timesteps of N dividing T are then exactly the N-level schedule, which is what
         halving a sampler's steps needs.
         """
-        count("T", T, 1)
+        count("T", T, 1, MOST)
+        logsnr_max = number("logsnr_max", logsnr_max)
+        if not 0 < logsnr_max <= 60:
+            raise ValueError(
+                f"logsnr_max={logsnr_max}: must be in (0, 60]; beyond, float64 cannot tell the "
+                "noisiest levels apart"
+            )
         logsnr = logsnr_cosine(np.arange(1, T + 1) / T, logsnr_max)
         # Two sigmoids: 1 - alpha^2 would lose half the digits of a small sigma.
         alpha, sigma = (1 / np.sqrt(1 + np.exp(-logsnr)), 1 / np.sqrt(1 + np.exp(logsnr)))
-        recipe = {"name": "logsnr_cosine", "T": int(T), "logsnr_max": float(logsnr_max)}
+        recipe = {"name": "logsnr_cosine", "T": int(T), "logsnr_max": logsnr_max}
         return cls(alpha, sigma, recipe)
 
     @classmethod
     def from_betas(cls, betas: ArrayLike) -> NoiseSchedule:
-        """alphabar_t = prod_{s <= t} (1 - beta_s). betas [T] in (0, 1]; only the last may be 1."""
+        """alphabar_t = prod_{s <= t} (1 - beta_s).
+
+        betas [T] in (1e-16, 1]; only the last may be 1.
+        """
         betas = _vector("betas", betas)
         return cls._from_betas(betas, {"name": "from_betas", "betas": betas.tolist()})
 
     @classmethod
     def _from_betas(cls, betas: NDArray[Any], recipe: dict[str, Any]) -> NoiseSchedule:
-        bad = ~((betas > 0) & (betas <= 1))
+        bad = ~((betas > LEAST_BETA) & (betas <= 1))
         if bad.any():
             t = int(bad.argmax())
-            raise ValueError(f"betas[{t}]={betas[t]}: must be in (0, 1]")
+            raise ValueError(f"betas[{t}]={betas[t]}: must be in ({LEAST_BETA}, 1]")
         return cls._from_alphabar(np.cumprod(1 - betas), recipe)
 
     @classmethod
@@ -139,10 +156,9 @@ class NoiseSchedule:
     @classmethod
     def geometric(cls, sigma_min: float, sigma_max: float, n: int) -> NoiseSchedule:
         """Variance exploding: alpha = 1, n sigmas in geometric progression (NCSN)."""
-        _sigma_range(sigma_min, sigma_max)
-        count("n", n, 2)
-        recipe = {"name": "geometric", "sigma_min": float(sigma_min)}
-        recipe |= {"sigma_max": float(sigma_max), "n": int(n)}
+        sigma_min, sigma_max = _sigma_range(sigma_min, sigma_max)
+        count("n", n, 2, MOST)
+        recipe = {"name": "geometric", "sigma_min": sigma_min, "sigma_max": sigma_max, "n": int(n)}
         return cls(np.ones(n), np.geomspace(sigma_min, sigma_max, n), recipe)
 
     @classmethod
@@ -150,10 +166,13 @@ class NoiseSchedule:
         cls, sigma_min: float = 0.002, sigma_max: float = 80.0, n: int = 18, rho: float = 7.0
     ) -> NoiseSchedule:
         """Variance exploding: alpha = 1, sigma^(1/rho) linear in t (Karras et al. 2022, eq. 5)."""
-        _sigma_range(sigma_min, sigma_max)
-        count("n", n, 2)
-        recipe = {"name": "karras", "sigma_min": float(sigma_min), "sigma_max": float(sigma_max)}
-        recipe |= {"n": int(n), "rho": float(rho)}
+        sigma_min, sigma_max = _sigma_range(sigma_min, sigma_max)
+        count("n", n, 2, MOST)
+        rho = number("rho", rho)
+        if not 1 <= rho <= 1000:
+            raise ValueError(f"rho={rho}: must be in [1, 1000]")
+        recipe = {"name": "karras", "sigma_min": sigma_min, "sigma_max": sigma_max}
+        recipe |= {"n": int(n), "rho": rho}
         sigma = np.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), n) ** rho
         return cls(np.ones(n), sigma, recipe)
 
@@ -244,7 +263,8 @@ class NoiseSchedule:
         elif isinstance(spacing, str):
             chosen = sections(T, spacing)
         else:
-            chosen = np.sort([count("spacing: a timestep", t, 0, T - 1) for t in spacing])
+            given = sizes("spacing", spacing)
+            chosen = np.sort([count("spacing: a timestep", t, 0, T - 1) for t in given])
             if len(chosen) == 0 or (np.diff(chosen) == 0).any():
                 raise ValueError("spacing: timesteps must be distinct, and at least one")
         if steps is not None and steps != len(chosen):
@@ -296,7 +316,7 @@ class NoiseSchedule:
             for k, v in arguments.items()
         )
         suffix = ".zero_terminal_snr()" if self.recipe.get("zero_terminal_snr") else ""
-        return f"NoiseSchedule.{self.recipe['name']}({shown}){suffix}"
+        return f"NoiseSchedule.{self.recipe.get('name', '')}({shown}){suffix}"
 
 
 CONSTRUCTORS = (
@@ -312,14 +332,16 @@ CONSTRUCTORS = (
 
 
 def _vector(name: str, values: ArrayLike) -> Array:
-    array = np.array(values, np.float64)
+    array = numbers(name, values).astype(np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{name}: has shape {array.shape}; must be [T], T at least 1")
     return array
 
 
-def _sigma_range(sigma_min: float, sigma_max: float) -> None:
-    if not 0 < sigma_min < sigma_max < np.inf:
+def _sigma_range(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    low, high = number("sigma_min", sigma_min), number("sigma_max", sigma_max)
+    if not 0 < low < high:
         raise ValueError(
             f"sigma_min={sigma_min}, sigma_max={sigma_max}: need 0 < sigma_min < sigma_max"
         )
+    return low, high

@@ -17,6 +17,8 @@ Numbers = NDArray[Any]
 def count(name: str, value: Any, low: int, high: int | None = None, why: str = "") -> int:
     """`value` as an int between low and high, or a ValueError / TypeError that names it."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}={value!r}: must be an integer") from None
@@ -24,6 +26,14 @@ def count(name: str, value: Any, low: int, high: int | None = None, why: str = "
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name}={number}: must be {bound}{why}")
     return number
+
+
+def sizes(name: str, values: Any) -> tuple[int, ...]:
+    """`values` as a tuple of ints, or a TypeError that names them."""
+    try:
+        return tuple(map(operator.index, values))
+    except TypeError:
+        raise TypeError(f"{name}={values!r}: must be a sequence of integers") from None
 
 
 def leading(length: int, steps: int) -> Numbers:

@@ -23,11 +23,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from . import errors
+
 Array = NDArray[np.float64]
 Column = Any  # a number or [R] when given; a float64 array [R] once the table is made
 
 COLUMNS = ("t", "c_in", "w", "px", "pm", "clip", "q", "a", "b", "c", "n", "s", "l", "d", "e")
 _INFINITE = ("clip", "sigma")  # columns in which +inf has a meaning
+_LARGEST = float(np.finfo(np.float32).max)  # a row is run in float32
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,7 +66,11 @@ class Table:
     e: Column = 0.0
 
     def __post_init__(self) -> None:
-        columns = {name: np.asarray(getattr(self, name), np.float64) for name in ARRAYS}
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: must be a str, got {type(self.name).__name__}")
+        columns = {
+            name: errors.numbers(name, getattr(self, name)).astype(np.float64) for name in ARRAYS
+        }
         rows = max(array.size for array in columns.values())
         for name, array in columns.items():
             if array.ndim > 1 or (array.ndim == 1 and array.size != rows) or rows == 0:
@@ -71,16 +78,17 @@ class Table:
                     f"{name}: has shape {array.shape}; must be a number or [{rows}], one a row"
                 )
             array = np.broadcast_to(array, rows) + 0.0  # a copy, and -0 becomes 0
-            good = np.isfinite(array) | ((array == np.inf) & (name in _INFINITE))
+            good = np.abs(array) <= _LARGEST
+            good |= (array == np.inf) & (name in _INFINITE)
             good &= (array > 0) | (name != "clip")
             if not good.all():
                 row = int((~good).argmax())
-                wanted = "positive, or inf for no clip" if name == "clip" else "finite"
+                wanted = "positive, or inf for no clip" if name == "clip" else "finite, in float32"
                 raise ValueError(f"{name}[{row}]={array[row]}: must be {wanted}")
             array.setflags(write=False)
             object.__setattr__(self, name, array)
-        if not (math.isfinite(self.init) and self.init > 0):
-            raise ValueError(f"init={self.init}: must be finite and positive")
+        if not 0 < errors.number("init", self.init) <= _LARGEST:
+            raise ValueError(f"init={self.init}: must be finite and positive, in float32")
         object.__setattr__(self, "init", float(self.init))
 
     def __len__(self) -> int:
@@ -131,23 +139,36 @@ class Table:
         where sigma is the noise level sigma_t / alpha_t (Kynkaanniemi et al. 2024, "Applying
         Guidance in a Limited Interval"). hi may be inf.
         """
-        if interval is not None:
-            w = np.where(self._inside(interval), np.asarray(w, np.float64), 0.0)
-        return replace(self, w=w)
+        w = errors.numbers("w", w)
+        if w.shape not in ((), self.t.shape):
+            raise ValueError(
+                f"w: has shape {w.shape}; must be a number or [{len(self)}], one a row"
+            )
+        table = replace(self, w=w)
+        if interval is None:
+            return table
+        return replace(self, w=np.where(self._inside(interval), table.w, 0.0))
 
     def with_classifier_in(self, interval: tuple[float, float]) -> Table:
         """The same table, whose classifier shifts only rows with lo < sigma <= hi."""
         return replace(self, q=np.where(self._inside(interval), self.q, 0.0))
 
     def _inside(self, interval: tuple[float, float]) -> NDArray[np.bool_]:
-        low, high = interval
+        try:
+            low, high = interval
+        except (TypeError, ValueError):
+            raise TypeError(f"interval={interval!r}: must be a pair (lo, hi)") from None
+        low = errors.number("interval's lo", low)
+        high = errors.number("interval's hi", high, infinite=True)
         if not 0 <= low < high:
             raise ValueError(f"interval={interval}: must be (lo, hi) with 0 <= lo < hi")
         return (self.sigma > low) & (self.sigma <= high)
 
     def take(self, rows: ArrayLike) -> Table:
         """The table of these rows, in this order; a row may come more than once."""
-        index = np.asarray(rows, np.int64)
+        index = errors.numbers("rows", rows, "iu")
+        if index.ndim != 1 or not index.size or index.min() < 0 or index.max() >= len(self):
+            raise ValueError(f"rows={rows!r}: must be a list of numbers in [0, {len(self)})")
         return replace(self, **{name: getattr(self, name)[index] for name in ARRAYS})
 
     def to_json(self) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .errors import one_of
+from .errors import number, one_of
 from .levels import Levels, level_at, levels
 from .prediction import model_input, prediction_coefficients
-from .schedule import NoiseSchedule
+from .schedule import MOST, NoiseSchedule
 from .spacing import count
 from .table import Array, Table
 
@@ -40,7 +40,7 @@ def _columns(
     with np.errstate(divide="ignore"):
         level = at.sigma / at.alpha
     start = 1.0 if schedule.variance_preserving else at.sigma[0]
-    clip = np.inf if clip is None else clip
+    clip = _bound(clip)
     return {
         "t": time,
         "c_in": c_in,
@@ -50,6 +50,10 @@ def _columns(
         "sigma": level,
         "init": start,
     }
+
+
+def _bound(clip: float | None) -> float:
+    return np.inf if clip is None else number("clip", clip, infinite=True)
 
 
 def ddim(
@@ -70,9 +74,9 @@ def ddim(
     -y sigma g, that is D by y sigma^2 / alpha g (Dhariwal & Nichol 2021, Algorithm 2), after the
     clip.
     """
-    if not 0 <= eta <= 1:
+    if not 0 <= number("eta", eta) <= 1:
         raise ValueError(f"eta={eta}: must be between 0 (deterministic) and 1 (as noisy as DDPM)")
-    if classifier_scale and keep_eps:
+    if number("classifier_scale", classifier_scale) and keep_eps:
         raise ValueError("keep_eps=True: a classifier shifts eps too; use keep_eps=False")
     at = levels(schedule, timesteps, next_timesteps)
     s = eta * np.sqrt(at.beta_tilde)
@@ -135,6 +139,9 @@ def ddpm(
     by the row before where a logarithm needs it. A number, as diffusers has it: beta~ is at least
     floor, and every timestep but 0 adds noise.
     """
+    number("classifier_scale", classifier_scale)
+    if floor is not None and not number("floor", floor) > 0:
+        raise ValueError(f"floor={floor}: must be positive, or None")
     at = levels(schedule, timesteps, next_timesteps)
     beta, tilde, last = at.beta, at.beta_tilde, at.sigma_next == 0
     if floor is None:
@@ -178,7 +185,7 @@ def dpmpp_2m(
     Lu et al. 2022, "DPM-Solver++", Algorithm 2 (eta = 0) and SDE-DPM-Solver++(2M) (eta = 1).
     """
     one_of("solver_type", solver_type, ("midpoint", "heun"))
-    if not 0 <= eta <= 1:
+    if not 0 <= number("eta", eta) <= 1:
         raise ValueError(f"eta={eta}: must be between 0 (deterministic) and 1 (SDE)")
     at = levels(schedule, timesteps, next_timesteps)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -216,7 +223,8 @@ def heun(
     added by the row before, the first step's by `init`. Churned levels lie between timesteps: the
     model gets a fractional t, linear in ln u.
     """
-    if min(S_churn, S_tmin, S_noise) < 0:
+    number("S_tmax", S_tmax, infinite=True)
+    if min(number("S_churn", S_churn), number("S_tmin", S_tmin), number("S_noise", S_noise)) < 0:
         raise ValueError(f"{S_churn=}, {S_tmin=}, {S_noise=}: must not be negative")
     at = levels(schedule, timesteps)
     if at.alpha[0] == 0:
@@ -247,7 +255,7 @@ def heun(
         c_in=c_in * alpha,
         px=px * alpha,
         pm=pm,
-        clip=np.inf if clip is None else clip,
+        clip=_bound(clip),
         a=both(to / hat, slope),
         b=both(1 - to / hat, -slope),
         c=both(0.0, 1.0),
@@ -283,14 +291,18 @@ def langevin(
     level's. denoise adds a last row x' = D. Song & Ermon 2019, Algorithm 1, with u for their
     alpha_i / 2; the last row is Jolicoeur-Martineau et al. 2020's.
     """
-    count("inner", inner, 1)
-    if not step_size > 0:
-        raise ValueError(f"step_size={step_size}: must be positive")
+    number("step_size", step_size)
     each = levels(schedule, timesteps)
+    count("inner", inner, 1, MOST // len(each.t))
     index = np.append(np.repeat(np.arange(len(each.t)), inner), -1)[: None if denoise else -1]
     last = index == -1
     at = Levels(*(column[index] for column in each))
     pull = step_size / at.sigma[-1] ** 2  # u / sigma^2, the same at every level
+    if not 0 < pull < 2:  # at 2 the state stops shrinking
+        raise ValueError(
+            f"step_size={step_size}: must be in (0, {2 * at.sigma[-1] ** 2:.4g}), twice the last "
+            "level's variance; with more the chain diverges"
+        )
     row = _columns(schedule, at, prediction, clip)
     return Table(
         name=f"langevin(inner={inner})",

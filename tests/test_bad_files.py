@@ -14,9 +14,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from generated import generated
 from hypothesis import given
 from PIL import Image
-from test_bad_input import generated
 
 from fastdiff import NoiseSchedule, UNet, UNetConfig, load, save
 from fastdiff.data import ShardedImages, folder_images, idx_images, npz_images

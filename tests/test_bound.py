@@ -313,7 +313,7 @@ def test_bad_input_is_refused():
         ({"prediction": "edm"}, "prediction='edm'"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"clip": 0.0}, "clip=0.0: must be positive"),
-        ({"cond": torch.zeros(3)}, "cond: has 3 entries, must have 2"),
+        ({"cond": torch.zeros(3)}, "cond: has batch 3, must be 2"),
         ({"variance": "learned_range"}, "2 channels, variance='learned_range' needs 4"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -277,6 +277,6 @@ def test_bad_requests_are_named(network, change, message):
 def test_infinite_weights_are_refused():
     schedule = NoiseSchedule.cosine(20).zero_terminal_snr()
     timesteps = schedule.timesteps(4, "trailing")
-    DistillationLoss(None, schedule, timesteps, "x0", weighting="snr_trunc")
+    DistillationLoss(lambda z, t: z, schedule, timesteps, "x0", weighting="snr_trunc")
     with pytest.raises(ValueError, match="alpha = 0"):
         DistillationLoss(None, schedule, timesteps, "eps")

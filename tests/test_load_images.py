@@ -53,7 +53,7 @@ BAD = {
     "index: spans 0 to 3, must be within 0 and 2": (IMAGES[:3], INDEX),
     "flips: has dtype int64, must be bool": (IMAGES, INDEX, INDEX),
     "flips: has shape (1,), must be (2,)": (IMAGES, INDEX, INDEX[:1] > 0),
-    "pad=-1: must be an int of 0 or more": (IMAGES, INDEX, None, -1),
+    "pad=-1: must be an int from 0": (IMAGES, INDEX, None, -1),
     "pad=1.0: must be an int": (IMAGES, INDEX, None, 1.0),
 }
 

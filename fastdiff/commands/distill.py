@@ -15,13 +15,12 @@ import argparse
 import inspect
 from pathlib import Path
 
-import torch
-
 from ..checkpoint import load
 from ..data import READERS
 from ..distillation import DistillConfig, distill
 from ..train import TrainConfig
 from ..train.distributed import LostWorker, World, processes
+from .device import add_device
 from .recipe import add_flags, from_recipe, read_data, read_recipe
 
 
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="where the data is; else the reader's default")
     parser.add_argument("--out", required=True, type=Path, help="the folder of the stages")
     parser.add_argument("--resume", action="store_true", help="continue in --out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add_flags(parser, DistillConfig)
     add_flags(parser, TrainConfig)
 

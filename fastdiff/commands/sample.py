@@ -162,7 +162,7 @@ def _told(args: argparse.Namespace, model: UNet) -> tuple[torch.Tensor | None, i
         return None, args.num or 100
     names = {name.lower(): k for k, name in enumerate(model.class_names)}
     chosen = [
-        names.get(c.lower(), int(c) if c.isdigit() else -1)
+        names.get(c.lower(), int(c) if c.isdecimal() else -1)
         for c in args.classes or map(str, range(classes))
     ]
     if not all(0 <= c < classes for c in chosen):

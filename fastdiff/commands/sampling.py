@@ -11,6 +11,7 @@ from .. import samplers
 from ..checkpoint import ASSETS, load
 from ..engine import optimize
 from ..models import UNet
+from .device import add_device
 
 SHIPPED = "fashion-mnist"
 SAMPLERS = {
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="image k is always that of the stream (seed, k)")
     add("--engine", default="float32", choices=("float32", "bfloat16", "off"),
         help="on the CPU: the dtype of the optimized network; off is plain torch")  # fmt: skip
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
 
 
 def model_of(args: argparse.Namespace) -> UNet:

@@ -21,6 +21,7 @@ from ..models.network import Network
 from ..schedule import NoiseSchedule
 from ..train import TrainConfig, Trainer
 from ..train.distributed import LostWorker, processes
+from .device import add_device
 from .recipe import add_flags, from_recipe, read_data, read_recipe
 
 TASKS = ("generate", "classifier")
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="where the data is; else the reader's default")
     parser.add_argument("--out", required=True, type=Path, help="the run's folder")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     add_flags(parser, TrainConfig)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import errors
 from ..models.text import END, PAD, START
+from ..spacing import count
 
 NOUNS = (
     "t-shirt",
@@ -94,17 +95,13 @@ class Captions:
 
     def of(self, images: Tensor, labels: Tensor) -> list[str]:
         """A caption an image; arguments and errors as `read`."""
-        return [
-            caption(label, *thirds)
-            for label, thirds in zip(
-                labels.tolist(), self.read(images, labels).tolist(), strict=True
-            )
-        ]
+        thirds = self.read(images, labels).tolist()
+        return [caption(k, *third) for k, third in zip(labels.tolist(), thirds, strict=True)]
 
 
 def _measured(images: Tensor, labels: Tensor) -> Tensor:
     """Brightness, and width or height as the label has it, fp64 [B, 2]."""
-    errors.is_tensor("labels", labels)
+    errors.is_pictures("images", images)
     errors.per_sample("labels", labels, torch.int64, "images", images)
     errors.in_range("labels", labels, len(NOUNS))
     extent = torch.where(torch.tensor(WIDE)[labels], width(images), height(images))
@@ -128,9 +125,13 @@ def tokenize(captions: Sequence[str], length: int = LENGTH, words: Sequence[str]
     Raises:
         ValueError: a word is unknown, or a caption too long.
     """
+    count("length", length, 2, 1 << 16)
+    if isinstance(captions, str) or not isinstance(captions, Sequence):
+        raise TypeError(f"captions: must be a list of them, got {type(captions).__name__}")
     tokens = {word: number for number, word in enumerate(words) if word}
     rows = []
     for text in captions:
+        errors.is_a("captions: one of them", text, str)
         words = text.split()
         if unknown := [word for word in words if word not in tokens]:
             raise ValueError(f"captions: {text!r} has {unknown}; known words: {', '.join(tokens)}")

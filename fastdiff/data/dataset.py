@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .. import errors
 from ..errors import one_of
+from ..spacing import count
 from . import pixels
 from .image_set import ImageSet
 from .skipped import Skipped
@@ -55,12 +57,15 @@ def from_dataset(
     """
     if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         raise TypeError(f"dataset: {type(dataset).__name__} has no length or no items by number")
-    if not len(dataset):
-        raise ValueError(f"dataset: {type(dataset).__name__} is empty")
+    if isinstance(dataset, Tensor) or not len(dataset):
+        raise ValueError(f"dataset: {type(dataset).__name__} is empty, or a tensor")
     if channels is not None:
         one_of("channels", channels, pixels.MODES)
-    if value_range is not None and not value_range[0] < value_range[1]:
-        raise ValueError(f"value_range={value_range}: must be two numbers that rise")
+    count("workers", workers, 0)
+    if value_range is not None:
+        ends = errors.numbers("value_range", value_range)
+        if ends.shape != (2,) or not -np.inf < ends[0] < ends[1] < np.inf:
+            raise ValueError(f"value_range={value_range}: must be two numbers that rise")
     skipped = Skipped(type(dataset).__name__, len(dataset), strict)
     items = _Items(dataset, channels, value_range)
     loader: Iterable[Any] = DataLoader(

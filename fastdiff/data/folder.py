@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..errors import one_of
+from ..errors import one_of, path
 from . import cache as caches
 from . import pixels
 from .image_set import ImageSet
@@ -26,6 +26,7 @@ ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
     *(".jp2", ".avif", ".tga"),
 )
+LARGEST = 1 << 14  # pixels of a side
 VERSION = 1  # of what `pixels.read` makes of a file; caches of another are made again
 
 
@@ -65,11 +66,11 @@ def folder_images(
         FileNotFoundError: there is no such folder.
         ValueError: it holds no picture that can be read, or some in subfolders and some not.
     """
-    root = Path(folder)
-    if type(size) is not int or size < 1:
-        raise ValueError(f"size={size!r}: must be an int of 1 or more")
+    root = path("folder", folder)
+    if type(size) is not int or not 1 <= size <= LARGEST:
+        raise ValueError(f"size={size!r}: must be an int from 1 to {LARGEST}")
     one_of("channels", channels, pixels.MODES)
-    if cache is not None and Path(cache).suffix != ".npy":
+    if cache is not None and path("cache", cache).suffix != ".npy":
         raise ValueError(f"cache={str(cache)!r}: must end in .npy")
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder of images")

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .. import errors
 from ..errors import one_of
 from ..files import refuse_bombs
+from ..spacing import count
 from .image_set import ImageSet
 
 FASHION_CLASSES = (
@@ -59,7 +61,7 @@ def fashion_mnist(
     """
     prefixes = {"train": "train", "test": "t10k"}
     one_of("split", split, prefixes)
-    root = _FASHION_FOLDER if folder is None else Path(folder)
+    root = _FASHION_FOLDER if folder is None else errors.path("folder", folder)
     images, labels = (
         _find(root, f"{prefixes[split]}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")
     )
@@ -87,6 +89,7 @@ def idx_images(
         FileNotFoundError: a file is missing.
         ValueError: a file is truncated or is no IDX file of the right kind, or they do not agree.
     """
+    errors.path("images", images)
     pixels = torch.from_numpy(read_idx(images, ndim=3))
     classes = None if labels is None else torch.from_numpy(read_idx(labels, ndim=1)).long()
     if classes is not None and len(pixels) != len(classes):
@@ -103,7 +106,8 @@ def read_idx(path: str | Path, ndim: int) -> NDArray[np.uint8]:
     Raises:
         ValueError: wrong magic number, or another length than the header says.
     """
-    path = Path(path)
+    path = errors.path("path", path)
+    count("ndim", ndim, 1, 255)
     try:
         # torch wants memory that may be written: a copy, or a mapping that is copied on a write
         if path.suffix == ".gz":

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.load_images import load_images
+from .. import errors
+from ..ops.load_images import check_pad, load_images
 from . import order
 
 
@@ -35,22 +36,25 @@ class ImageSet:
     pad: int = 0
 
     def __post_init__(self) -> None:
+        errors.is_tensor("images", self.images)
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or not len(self.images):
             raise ValueError(
                 f"images {self.images.dtype} {tuple(self.images.shape)}: "
                 "must be uint8 [N, C, H, W] with N of 1 or more"
             )
-        if type(self.pad) is not int or self.pad < 0:
-            raise ValueError(f"pad={self.pad!r}: must be an int of 0 or more")
+        errors.is_a("flip", self.flip, bool)
+        errors.is_a("class_names", self.class_names, tuple)
+        check_pad(self.pad)
         if self.labels is None:
             return
+        errors.is_tensor("labels", self.labels)
         given = self.labels
         if given.dtype != torch.int64 or given.ndim not in (1, 2) or len(given) != len(self):
             raise ValueError(
                 f"labels {given.dtype} {tuple(given.shape)}: "
                 f"must be int64 [{len(self)}], one an image, or tokens [{len(self)}, L]"
             )
-        if int(self.labels.min()) < 0:
+        if given.numel() and int(given.min()) < 0:
             raise ValueError(f"labels with {int(self.labels.min())}: must be 0 or more")
 
     def __len__(self) -> int:

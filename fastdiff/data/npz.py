@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import errors
 from ..files import refuse_bombs, replacing
 from .image_set import ImageSet
 
@@ -34,7 +35,7 @@ def npz_images(path: str | Path, flip: bool = False, pad: int = 0) -> ImageSet:
         FileNotFoundError: there is no such file.
         ValueError: it is truncated or damaged, has no `images`, or arrays of the wrong kind.
     """
-    path = Path(path)
+    path = errors.path("path", path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; takes an .npz with an array `images`")
     labels = None

@@ -13,15 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import errors
+from ..spacing import count
+
+LARGEST = 1 << 24  # samples of a batch
+
 
 def positions(size: int, rank: int, world: int) -> slice:
     """The places of a process's samples in a batch of `size`.
 
     ValueError unless `world` divides `size` and `rank` is in [0, world).
     """
-    if world < 1 or not 0 <= rank < world:
+    count("world", world, 1)
+    if count("rank", rank, 0) >= world:
         raise ValueError(f"rank={rank}: must be in [0, world), world={world} being 1 or more")
-    if size < 1 or size % world:
+    if count("size", size, 1, LARGEST) % world:
         raise ValueError(f"size={size}: must be a multiple of world={world}, and 1 or more")
     return slice(size // world * rank, size // world * (rank + 1))
 
@@ -32,6 +38,8 @@ def indices(length: int, step: int, size: int, seed: int, part: slice) -> Tensor
     Each epoch is a fresh permutation, and batches run on across its end, so every sample is seen
     once before any is seen twice.
     """
+    count("step", step, 0, 1 << 38)  # times size it is still an int64
+    count("seed", seed, 0)
     places = np.arange(step * size + part.start, step * size + part.stop)
     epochs, offsets = np.divmod(places, length)
     return torch.cat(
@@ -61,7 +69,15 @@ def drop_labels(
     labels[0] in the whole batch of this step. `null` is what replaces them, like labels, as a
     model's `null_cond` says: empty captions. Nothing is read back from a GPU.
     """
-    if not 0.0 <= probability <= 1.0:
+    errors.is_batch("labels", labels)
+    errors.has_dtype("labels", labels, (torch.int64,))
+    if null is not None:
+        errors.like("null", null, "labels", labels)
+        errors.has_dtype("null", null, (torch.int64,))
+    count("seed", seed, 0)
+    count("step", step, 0)
+    count("first", first, 0, LARGEST)
+    if not 0.0 <= errors.number("probability", probability) <= 1.0:
         raise ValueError(f"probability={probability}: must be in [0, 1]")
     dropped = _uniform(seed, step, 2, slice(first, first + len(labels))) < probability
     mask = torch.from_numpy(dropped).to(labels.device, non_blocking=True)

@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from .. import errors
 from ..files import make_folder, read_tensors, stamp_of, write_bytes, write_tensors
+from ..spacing import count, sizes
 
 JOB, MANIFEST = "job.json", "manifest.json"
 NAME = re.compile(r"shard-(\d{6,})\.safetensors")
@@ -49,6 +51,14 @@ class Shards:
     per_shard: int
     made_of: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        for name in ("num", "per_shard"):
+            object.__setattr__(self, name, count(name, getattr(self, name), 1))
+        shape = sizes("shape", self.shape)
+        object.__setattr__(self, "shape", shape)
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape={shape}: must be (C, H, W), each 1 or more")
+
     @classmethod
     def open(cls, folder: str | Path) -> Shards:
         """The shards of a folder.
@@ -57,7 +67,7 @@ class Shards:
             FileNotFoundError: it holds none.
             ValueError: what its job.json says cannot be.
         """
-        folder = Path(folder)
+        folder = errors.path("folder", folder)
         path = folder / JOB
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing; takes a folder of fastdiff sample --out DIR")
@@ -65,13 +75,9 @@ class Shards:
             record = json.loads(path.read_text())
             if not isinstance(record, dict) or record.keys() != FIELDS:
                 raise ValueError(f"must be an object of {sorted(FIELDS)}")
-            num, shape, per_shard = record["num"], record["shape"], record["per_shard"]
-            sizes = [num, per_shard, *shape]
-            if len(shape) != 3 or not all(type(n) is int and n > 0 for n in sizes):
-                raise ValueError("num, per_shard and the shape's three must be whole, 1 or more")
+            return cls(folder, **{**record, "shape": tuple(record["shape"])})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: damaged, or no job of fastdiff's ({error})") from None
-        return cls(folder, num, (shape[0], shape[1], shape[2]), per_shard, record["made_of"])
 
     def begin(self) -> None:
         """Write job.json, or see that the folder's is the same.

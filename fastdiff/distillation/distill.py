@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import errors
 from ..checkpoint import CONFIG, load
 from ..data import ImageSet
 from ..engine import optimize
@@ -85,6 +86,12 @@ def distill(
         OSError, FloatingPointError, LostWorker: as `Trainer.fit`.
     """
     config = DistillConfig(start_steps=start_steps, end_steps=end_steps, **options)
+    errors.is_a("teacher", teacher, nn.Module)
+    if schedule is not None:
+        errors.is_a("schedule", schedule, NoiseSchedule)
+    errors.is_a("train", train, TrainConfig)
+    errors.is_a("data", data, ImageSet)
+    errors.path("out", out)
     if not isinstance(teacher, UNet):
         teacher = from_diffusers(teacher)
     prediction = teacher.prediction or prediction

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import errors
 from ..checkpoint import ASSETS, fit_state
 from ..files import read_tensors, write_bytes, write_tensors
 from ..models.classifier import Classifier, ClassifierConfig
+from ..spacing import sizes
 
 SHIPPED = ASSETS / "fashion-mnist-classifier"
 WEIGHTS, CONFIG = "classifier.safetensors", "config.json"
@@ -43,7 +45,7 @@ def load_classifier(folder: str | Path = SHIPPED) -> Classifier:
         FileNotFoundError: a file of the folder is missing.
         ValueError: a file is damaged, or the two do not fit.
     """
-    path = Path(folder) / CONFIG
+    path = errors.path("folder", folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; a classifier's folder has it beside {WEIGHTS}")
     try:
@@ -53,7 +55,7 @@ def load_classifier(folder: str | Path = SHIPPED) -> Classifier:
         raise ValueError(f"{path}: lacks {error}; it is no classifier's") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
-    weights = Path(folder) / WEIGHTS
+    weights = path.with_name(WEIGHTS)
     tensors, _ = read_tensors(weights)
     fit_state(weights, model, tensors)
     model.load_state_dict(tensors)
@@ -62,6 +64,10 @@ def load_classifier(folder: str | Path = SHIPPED) -> Classifier:
 
 def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
     """The fraction of uint8 images [N, C, H, W] that the classifier gives their label [N]."""
+    errors.is_pictures("images", images)
+    errors.per_sample("labels", labels, torch.int64, "images", images)
+    if not len(images):
+        raise ValueError("images: are none, must be one or more")
     _, predicted = describe(model, images)
     return (predicted == labels).double().mean().item()
 
@@ -71,6 +77,10 @@ def framed(images: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     Raises ValueError where no frame makes them so.
     """
+    errors.is_pictures("images", images)
+    shape = sizes("shape", shape)
+    if len(shape) != 3:
+        raise ValueError(f"shape={shape}: must be (C, H, W)")
     (down, odd), (right, ragged) = (divmod(shape[k] - images.shape[k + 1], 2) for k in (1, 2))
     if images.shape[1] != shape[0] or odd or ragged or min(down, right) < 0:
         raise ValueError(
@@ -82,6 +92,8 @@ def framed(images: Tensor, shape: tuple[int, ...]) -> Tensor:
 @torch.no_grad()
 def describe(model: Classifier, images: Tensor, progress: bool = False) -> tuple[Tensor, Tensor]:
     """Features, fp32 [N, D], and the likeliest classes, int64 [N], of uint8 images [N, C, H, W]."""
+    errors.is_a("model", model, Classifier)
+    errors.is_pictures("images", images)
     if (shape := tuple(images.shape[1:])) != model.shape:
         raise ValueError(
             f"images {shape}: the classifier takes {model.shape}; images of another kind need a "

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import errors
 
+LARGEST = 1e100  # whose products float64 still holds
+
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """The distance of two sets of features, each taken for a Gaussian; 0 if they are alike.
@@ -52,7 +54,9 @@ def check_features(name: str, value: Tensor) -> None:
     """Raise unless `value` is floating, finite, [n, D] with n of 2 or more."""
     errors.is_tensor(name, value)
     errors.has_dtype(name, value, (*errors.MODEL_DTYPES, torch.float64))
-    if value.ndim != 2 or len(value) < 2:
+    if value.ndim != 2 or len(value) < 2 or not value.shape[1]:
         raise ValueError(f"{name}: has shape {tuple(value.shape)}, must be [n, D], n of 2 or more")
-    if not value.isfinite().all():
-        raise ValueError(f"{name}: has values that are not finite; look at what made them")
+    if not (value.double().abs() <= LARGEST).all():
+        raise ValueError(
+            f"{name}: has values that are not finite, or beyond {LARGEST:g}; look at what made them"
+        )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import errors
+
 BATCH = 50
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -30,7 +32,7 @@ def inception_features(
         FileNotFoundError: the file is missing.
         ValueError: the file holds something else.
     """
-    path = Path(weights)
+    path = errors.path("weights", weights)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; takes torch-fidelity's {FILE}")
     try:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import errors
 from ..models.classifier import Classifier
+from ..spacing import count
 from .classifier import describe
 from .frechet import frechet_distance
 from .manifold import precision_recall
@@ -65,6 +67,12 @@ class Judge:
     ) -> None:
         if classifier is None and features is None:
             raise ValueError("classifier, features: are both None; give one")
+        if classifier is not None:
+            errors.is_a("classifier", classifier, Classifier)
+        if features is not None:
+            errors.is_callable("features", features)
+        errors.is_pictures("reference", reference)
+        errors.is_pictures("training", training)
         self.training, self.classifier, self.other = training, classifier, features
         self.progress, self.device = progress, device
         self.threshold = math.nan
@@ -78,6 +86,10 @@ class Judge:
         unseen: they are real and were not trained on; their distances to the training images are
         what those of later rows are compared with.
         """
+        errors.is_a("name", name, str)
+        errors.is_pictures("images", images)
+        if labels is not None:
+            errors.per_sample("labels", labels, torch.int64, "images", images)
         features, classes = self._describe(images)
         precision, recall = precision_recall(self.reference, features)
         hits = None if labels is None or classes is None else classes.eq(labels)
@@ -106,17 +118,24 @@ class Judge:
 
 def blurred(images: Tensor) -> Tensor:
     """Each pixel the mean of the 3x3 around it, black beyond the edge; uint8 as it came."""
+    errors.is_pictures("images", images)
+    if not images.numel():
+        return images
     return F.avg_pool2d(images.float(), 3, 1, 1).round().to(torch.uint8)
 
 
 def uniform_noise(images: Tensor, seed: int = 0) -> Tensor:
     """As many images of nothing, every value alike likely."""
+    errors.is_tensor("images", images)
+    count("seed", seed, 0, (1 << 63) - 1)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, images.shape, dtype=torch.uint8, generator=generator)
 
 
 def balanced(labels: Tensor) -> Tensor:
     """An order of images in which the classes come in turn, as long as each lasts: indices [n]."""
+    errors.is_batch("labels", labels)
+    errors.per_sample("labels", labels, torch.int64, "labels", labels)
     turn = torch.zeros_like(labels)
     for label in labels.unique():
         chosen = labels == label

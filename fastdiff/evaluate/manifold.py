@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..spacing import count
 from .frechet import check_features
 
 ROWS = 1000  # of a block of distances: 10,000 columns of it are 80 MB
@@ -27,7 +28,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     """
     for name, value in (("real", real), ("fake", fake)):
         check_features(name, value)
-        if not 0 < k < len(value):
+        if not 0 < count("k", k, 0) < len(value):
             raise ValueError(f"k={k}: must be 1 or more and less than {name}'s {len(value)} points")
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"fake: has {fake.shape[1]} features, must have {real.shape[1]} as real")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import errors
+
 ROWS, COLUMNS = 2000, 10_000  # of a block of distances: 80 MB
 
 
@@ -29,8 +31,8 @@ def nearest(
     Raises:
         ValueError: images of two shapes, or of another dtype, or none.
     """
-    if images.dtype != torch.uint8 or among.dtype != torch.uint8:
-        raise ValueError(f"images {images.dtype}, among {among.dtype}: must be torch.uint8")
+    errors.is_pictures("images", images)
+    errors.is_pictures("among", among)
     if images.shape[1:] != among.shape[1:] or not len(images) or not len(among):
         raise ValueError(
             f"among {tuple(among.shape)}: must hold one or more images of the shape of "

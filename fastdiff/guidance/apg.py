@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .. import errors
 from ..rollout import Model
 from ..schedule import NoiseSchedule
 from .guided import Guided
@@ -67,11 +68,12 @@ class APG(Guided):
         null_cond: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(model, w, null_cond=null_cond)
-        if not 0 <= eta <= 1:
+        if not 0 <= errors.number("eta", eta) <= 1:
             raise ValueError(f"eta={eta}: must be in [0, 1]")
+        radius = errors.number("radius", radius, infinite=True)
         if not radius > 0:
             raise ValueError(f"radius={radius}: must be positive, or inf for none")
-        if not -1 < momentum < 1:
+        if not -1 < errors.number("momentum", momentum) < 1:
             raise ValueError(f"momentum={momentum}: must be in (-1, 1)")
         self.space = DataSpace(schedule, prediction)
         self.eta, self.radius, self.momentum = eta, radius, momentum

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import errors
 from ..levels import levels
 from ..samplers import DDIMSampler
 
@@ -35,7 +36,7 @@ def cfg_plus_plus(sampler: DDIMSampler, scale: float) -> list[float]:
     """
     if not isinstance(sampler, DDIMSampler):
         raise TypeError(f"sampler: must be a DDIMSampler, got {type(sampler).__name__}")
-    if not 0 <= scale <= 1:
+    if not 0 <= errors.number("scale", scale) <= 1:
         raise ValueError(f"scale={scale}: must be in [0, 1]")
     table = sampler.table
     if table.clipped or table.direct:

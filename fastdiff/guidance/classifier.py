@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import errors
+from .outputs import check_call
 
 
 class ClassifierGuidance(nn.Module):
@@ -33,6 +34,7 @@ class ClassifierGuidance(nn.Module):
 
     def __init__(self, classifier: nn.Module, labels: Tensor | None = None) -> None:
         super().__init__()
+        errors.is_callable("classifier", classifier)
         self.classifier, self.labels = classifier, labels
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -41,6 +43,7 @@ class ClassifierGuidance(nn.Module):
         Raises:
             ValueError, TypeError: no classes, or classes or logits that do not fit.
         """
+        check_call(x, t)
         labels = cond if self.labels is None else self.labels
         if labels is None:
             raise ValueError("labels: guidance needs classes; give labels, or sample with cond")
@@ -54,5 +57,6 @@ class ClassifierGuidance(nn.Module):
                     f"classifier: its output has shape {tuple(logits.shape)}, must be "
                     f"({len(x)}, classes): logits"
                 )
+            errors.in_range("labels", labels, logits.shape[1])
             chosen = F.log_softmax(logits.float(), 1).gather(1, labels.clone()[:, None])
             return torch.autograd.grad(chosen.sum(), x)[0]

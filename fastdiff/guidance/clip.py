@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.clip import CLIP
+from .outputs import check_call
 
 
 class CLIPGuidance(nn.Module):
@@ -33,6 +34,8 @@ class CLIPGuidance(nn.Module):
 
     def __init__(self, clip: CLIP, tokens: Tensor) -> None:
         super().__init__()
+        if not hasattr(clip, "text_features"):
+            raise TypeError(f"clip: must be a CLIP, got {type(clip).__name__}")
         self.clip = clip
         with torch.no_grad():
             text = clip.scale * clip.text_features(tokens)
@@ -44,6 +47,7 @@ class CLIPGuidance(nn.Module):
         Raises:
             ValueError: x is of another batch than the captions.
         """
+        check_call(x, t)
         if len(x) != len(self.text):
             raise ValueError(f"tokens: are of {len(self.text)} captions, x of {len(x)} samples")
         with torch.inference_mode(False), torch.enable_grad():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..rollout import Model, placement, unconditional
-from .outputs import joined, parts
+from .. import errors
+from ..rollout import Model, check_conditions, placement, unconditional
+from .outputs import check_call, joined, parts
 
 
 class Guided(nn.Module):
@@ -45,11 +45,13 @@ class Guided(nn.Module):
         self, model: Model, w: float, *, null_cond: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__()
-        if not math.isfinite(w):
-            raise ValueError(f"w={w}: must be a finite number")
-        self.model, self.w, self.no_cond = model, float(w), null_cond
+        errors.is_callable("model", model)
+        if null_cond is not None:
+            errors.is_callable("null_cond", null_cond)
+        self.model, self.w, self.no_cond = model, errors.number("w", w), null_cond
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        check_call(x, t)
         m, m_u, v = parts(self.model(*self._doubled(x, t, cond)), x, guided=True)
         return joined(self.combine(x, t, m, m_u), v)
 
@@ -69,6 +71,7 @@ class Guided(nn.Module):
         return doubled
 
     def _doubled(self, x: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        check_conditions(len(x), cond=cond)
         given = None if cond is None or self.no_cond is None else self.no_cond(cond)
         uncond = unconditional(self.model, cond, given)
         assert cond is not None

@@ -11,6 +11,15 @@ from .. import errors
 from ..rollout import split
 
 
+def check_call(x: Tensor, t: Tensor) -> None:
+    """Raise unless a model can be asked at x [B, C, ...], of no empty samples, and t [B]."""
+    errors.is_tensor("x", x)
+    errors.has_dtype("x", x, (*errors.MODEL_DTYPES, torch.float64))
+    if x.dim() < 2 or not x.shape[1:].numel():
+        raise ValueError(f"x: has shape {tuple(x.shape)}, must be [B, C, ...]")
+    errors.per_sample("t", t, None, "x", x)
+
+
 def parts(out: Any, x: Tensor, guided: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """(m, m_u, v) in float32, as `rollout.split`; m_u is m where not guided, v may be None."""
     out = getattr(out, "sample", out)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .. import errors
 from ..rollout import Model
 from .guided import Guided
 
@@ -36,14 +38,15 @@ class GuidanceRescale(Guided):
         null_cond: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(model, w, null_cond=null_cond)
-        if not 0 <= phi <= 1:
+        if not 0 <= errors.number("phi", phi) <= 1:
             raise ValueError(f"phi={phi}: must be in [0, 1]")
         self.phi = phi
 
     def combine(self, x: Tensor, t: Tensor, m: Tensor, m_u: Tensor) -> Tensor:
         guided = super().combine(x, t, m, m_u)
         wanted, found = (_std(each) for each in (m, guided))
-        return guided * (self.phi * wanted / found + 1 - self.phi)
+        scale = torch.where(found > 0, wanted / found, 1.0)  # a constant has nothing to rescale
+        return guided * (self.phi * scale + 1 - self.phi)
 
 
 def _std(m: Tensor) -> Any:

@@ -28,6 +28,7 @@ class DataSpace(nn.Module):
 
     def __init__(self, schedule: NoiseSchedule, prediction: str) -> None:
         super().__init__()
+        errors.is_a("schedule", schedule, NoiseSchedule)
         one_of("prediction", prediction, [name for name in PREDICTIONS if name != "edm"])
         columns = prediction_coefficients(prediction, schedule.alpha, schedule.sigma)[:, :2]
         self.register_buffer(
@@ -46,5 +47,8 @@ class DataSpace(nn.Module):
     def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         errors.per_sample("t", t, torch.int64, "x", x)
         self.columns = self.columns.to(x.device)
-        px, pm = self.columns[t].unbind(1)
+        try:
+            px, pm = self.columns.index_select(0, t).unbind(1)
+        except (IndexError, RuntimeError) as error:  # found while it works: nothing is read back
+            raise ValueError(f"t: must be within 0 and {len(self.columns) - 1}, {error}") from None
         return rows(px, x), rows(pm, x)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import errors
 from ..ops.layout import rows
 from ..rollout import Model, placement
 from ..schedule import NoiseSchedule
-from .outputs import joined, parts
+from .outputs import check_call, joined, parts
 from .space import DataSpace
 
 
@@ -51,12 +52,14 @@ class DynamicThreshold(nn.Module):
         self, model: Model, schedule: NoiseSchedule, prediction: str, percentile: float = 0.995
     ) -> None:
         super().__init__()
-        if not 0 < percentile <= 1:
+        errors.is_callable("model", model)
+        if not 0 < errors.number("percentile", percentile) <= 1:
             raise ValueError(f"percentile={percentile}: must be in (0, 1]")
         self.model, self.percentile = model, percentile
         self.space = DataSpace(schedule, prediction)
 
     def forward(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+        check_call(x, t)
         m, _, v = parts(self.model(x.to(placement(self.model)[0]), t, *cond), x, guided=False)
         data = self.space.x0(x, t, m)
         s = rows(_quantile(data.abs().flatten(1), self.percentile).clamp(min=1), x)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .. import errors, ops
 from ..ops.layout import rows
 from ..prediction import prediction_coefficients
-from ..rollout import placement, split
+from ..rollout import check_conditions, placement, split
 from ..schedule import NoiseSchedule
 from ..spacing import count
 from .bound import Bound, prior
@@ -80,19 +80,20 @@ def bits_per_dim(
         ValueError, TypeError: other shapes, dtypes, names, or a model without the channels of a
             learned variance.
     """
-    errors.is_tensor("x0", x0)
+    errors.is_a("schedule", schedule, NoiseSchedule)
+    errors.is_batch("x0", x0)
     errors.has_dtype("x0", x0, (torch.float32,))
     errors.one_of("variance", variance, VARIANCES)
     errors.one_of("prediction", prediction, ("eps", "x0", "v", "score"))
     batch_size = count("batch_size", batch_size, 1)
-    if not len(x0):
+    first_index = count("first_index", first_index, 0)
+    if not x0.numel():
         raise ValueError(f"x0: has shape {tuple(x0.shape)}, must have at least one sample")
     low, high = (float(end) for end in x0.aminmax())
     if not (low >= -1.001 and high <= 1.001):
         raise ValueError(f"x0: spans {low} to {high}, must be within -1 and 1, uint8 / 127.5 - 1")
-    if cond is not None and len(cond) != len(x0):
-        raise ValueError(f"cond: has {len(cond)} entries, must have {len(x0)}, one a sample")
-    if clip is not None and not clip > 0:
+    check_conditions(len(x0), cond=cond)
+    if clip is not None and not errors.number("clip", clip) > 0:
         raise ValueError(f"clip={clip}: must be positive, or None")
     T, (dtype, device) = len(schedule), placement(model)
     device = device or x0.device

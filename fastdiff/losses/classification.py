@@ -28,6 +28,7 @@ class ClassifierLoss:
     """
 
     def __init__(self, schedule: NoiseSchedule) -> None:
+        errors.is_a("schedule", schedule, NoiseSchedule)
         self.schedule, self.weights = schedule, np.ones(len(schedule))
 
     def __call__(
@@ -65,6 +66,8 @@ class ClassifierLoss:
         first_index: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The losses, fp32 [B]; at each t their number, sum and sum of squares, [T, 3]."""
+        errors.is_callable("model", model)
+        errors.is_batch("x0", x0)
         if cond is None:
             raise ValueError("cond: is None; a classifier learns from the classes, int64 [B]")
         errors.per_sample("cond", cond, torch.int64, "x0", x0)
@@ -81,6 +84,7 @@ class ClassifierLoss:
                 f"model: its output has shape {tuple(logits.shape)}, must be "
                 f"({len(x0)}, classes): logits"
             )
+        errors.in_range("cond", cond, logits.shape[1])  # torch leaves out a class of -100
         losses = F.cross_entropy(logits.float(), cond, reduction="none")
         seen = losses.detach()
         terms = torch.stack((torch.ones_like(seen), seen, seen.square()), 1)

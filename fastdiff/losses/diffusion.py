@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import errors, ops
 from ..errors import one_of
 from ..ops.layout import rows
 from ..prediction import PREDICTIONS, model_input, prediction_coefficients
@@ -77,6 +77,7 @@ class DiffusionLoss:
         weighting: str = "simple",
         learned_variance: bool = False,
     ) -> None:
+        errors.is_a("schedule", schedule, NoiseSchedule)
         one_of("prediction", prediction, PREDICTIONS)
         one_of("weighting", weighting, WEIGHTINGS)
         if learned_variance and weighting not in ("vlb", "hybrid"):
@@ -153,6 +154,9 @@ class DiffusionLoss:
         The sums say how large the unweighted squared errors are at each t, and may be added up
         over batches; nothing is read back from the device to make them.
         """
+        errors.is_batch("x0", x0)
+        if self.learned_variance and x0.dim() < 2:
+            raise ValueError(f"x0: has shape {tuple(x0.shape)}, must be [B, C, ...]")
         T, device = len(self.schedule), x0.device
         if t is None:
             t = uniform_timesteps(T, len(x0), seed, row, first_index, device)

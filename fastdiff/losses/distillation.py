@@ -11,10 +11,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .. import ops
+from .. import errors, ops
 from ..errors import one_of
 from ..halving import halve
-from ..rollout import placement, unconditional
+from ..rollout import check_conditions, placement, unconditional
 from ..schedule import NoiseSchedule
 from . import streams
 from .device import at
@@ -69,8 +69,14 @@ class DistillationLoss:
         weighting: str = "snr_trunc",
         guidance: float | tuple[float, float] | None = None,
     ) -> None:
-        target = target or prediction
+        target = prediction if target is None else target
         one_of("weighting", weighting, [name for name in WEIGHTINGS if name not in _BOUND])
+        if isinstance(guidance, tuple):
+            ends = [errors.number("guidance", w) for w in guidance]
+            if len(ends) != 2 or ends[0] > ends[1]:
+                raise ValueError(f"guidance={guidance}: must be one weight, or (low, high)")
+        elif guidance is not None:
+            errors.number("guidance", guidance)
         self.teacher, self.schedule, self.guidance = teacher, schedule, guidance
         self.prediction, self.target, self.weighting = prediction, target, weighting
         self.halving = halve(schedule, timesteps, prediction=prediction, target=target)
@@ -81,6 +87,7 @@ class DistillationLoss:
                 f"weighting={weighting!r}: is infinite at alpha = 0; use 'v_mse' or 'constant', "
                 "or leave that timestep out"
             )
+        errors.is_callable("teacher", teacher)
         self._dtype, _ = placement(teacher)
         self.draws_weight = isinstance(guidance, tuple)
         config = getattr(teacher, "config", None)
@@ -125,11 +132,18 @@ class DistillationLoss:
         first_index: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The loss of each sample, fp32 [B], and the sums fp32 [R, 3] of `ops.weighted_mse`."""
+        errors.is_callable("student", student)
+        errors.is_batch("x0", x0)
+        errors.has_dtype("x0", x0, errors.MODEL_DTYPES)
         device, batch = x0.device, len(x0)
         if i is None:
             i = uniform_timesteps(len(self.weights), batch, seed, row, first_index, device)
-        if self.guidance is not None and cond is None:
-            raise ValueError("cond: guidance needs a condition to strengthen; give cond")
+        errors.per_sample("i", i, torch.int64, "x0", x0)
+        errors.in_range("i", i, len(self.weights))
+        if self.guidance is not None:
+            if cond is None:
+                raise ValueError("cond: guidance needs a condition to strengthen; give cond")
+            check_conditions(batch, cond=cond)
         self._tables = tuple(at(device, table) for table in self._tables)
         self._weights = at(device, self._weights)
         w: float | Tensor | None = None
@@ -139,6 +153,8 @@ class DistillationLoss:
             w = self.guidance
         t = self._tables[0][i]
         if noise is not None:
+            errors.like("noise", noise, "x0", x0)
+            errors.has_dtype("noise", noise, (x0.dtype,))
             noise = noise.float()
         z_t, _ = ops.noising(
             x0.float(), t, self.schedule, "x0", noise, seed, row=row, first_index=first_index

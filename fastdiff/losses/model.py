@@ -14,6 +14,7 @@ Model = Callable[..., Any]
 
 def output_of(model: Model, x: Tensor, t: Tensor, cond: Any, shape: Sequence[int]) -> Tensor:
     """model(x, t), or model(x, t, cond) when cond is given, which must have this shape."""
+    errors.is_callable("model", model)
     output: Any = model(x, t) if cond is None else model(x, t, cond)
     output = getattr(output, "sample", output)
     errors.is_tensor("model: its output", output)

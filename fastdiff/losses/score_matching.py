@@ -55,6 +55,7 @@ def denoising_score_matching(
     Raises:
         ValueError, TypeError: other shapes, dtypes, or t out of range.
     """
+    errors.is_a("schedule", schedule, NoiseSchedule)
     mean = _error_in_noise(schedule).per_sample(model, x0, t, cond, **noise)
     return x0.shape[1:].numel() / 2 * mean
 
@@ -90,7 +91,8 @@ def sliced_score_matching(
         ValueError, TypeError: other shapes, dtypes, or t out of range.
         RuntimeError: the model cannot be differentiated twice.
     """
-    errors.is_tensor("x0", x0)
+    errors.is_batch("x0", x0)
+    errors.is_a("schedule", schedule, NoiseSchedule)
     if seed is None:
         seed = int(torch.randint(1 << 62, ()))
     if t is None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.randn import OP, streams_of
+from ..ops.randn import OP, check_row, streams_of
 from ..spacing import count
 
 PROJECTION, TIMESTEP, GUIDANCE = 1 << 61, 2 << 61, 3 << 61
@@ -29,7 +29,9 @@ def draw(
     bits: bool,
 ) -> Tensor:
     """Standard normal fp32, or random bits as uint32, [B, ...]; arguments as `ops.randn`'s."""
-    count("first_index", first_index, 0, PROJECTION - shape[0])
-    streams = streams_of(seed, shape[0], first_index, device=device)
+    batch = count("batch", shape[0], 0)
+    count("first_index", first_index, 0, PROJECTION - batch)
+    row = check_row(row)
+    streams = streams_of(seed, batch, first_index, device=device)
     streams[:, 1] += domain
     return OP.call(tuple(shape), streams, row, bits)

@@ -75,6 +75,7 @@ class UniformTimesteps:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Raise ValueError if there is a state."""
+        errors.is_a("state", state, Mapping)
         if state:
             raise ValueError(f"state: has {sorted(state)}, uniform timesteps have none")
 
@@ -95,11 +96,11 @@ class LossAwareTimesteps(UniformTimesteps):
 
     def __init__(self, T: int, history: int = 10, uniform: float = 0.001) -> None:
         super().__init__(count("T", T, 1, _MASS >> 14))
-        if not 0 < uniform <= 1:
+        if not 0 < errors.number("uniform", uniform) <= 1:
             raise ValueError(f"uniform={uniform}: must be in (0, 1]; at 0 a timestep could be lost")
         self.uniform = uniform
         # timestep T takes what is not to be kept
-        self._losses = torch.zeros(T + 1, count("history", history, 1))
+        self._losses = torch.zeros(T + 1, count("history", history, 1, 1 << 12))
         self._seen = torch.zeros(T + 1, dtype=torch.int64)
 
     def draw(
@@ -134,6 +135,9 @@ class LossAwareTimesteps(UniformTimesteps):
                 What is not finite is left out.
         """
         errors.is_tensor("losses", losses)
+        errors.has_dtype("losses", losses, (*errors.MODEL_DTYPES, torch.float64))
+        if losses.dim() != 1:
+            raise ValueError(f"losses: have shape {tuple(losses.shape)}, must be [B], one a sample")
         errors.per_sample("t", t, torch.int64, "losses", losses)
         errors.in_range("t", t, self.T)
         self._to(t.device)
@@ -155,10 +159,13 @@ class LossAwareTimesteps(UniformTimesteps):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave. ValueError for other names or shapes."""
+        errors.is_a("state", state, Mapping)
         own = self.state_dict()
         if state.keys() != own.keys():
             raise ValueError(f"state: has {sorted(state)}, must have {sorted(own)}")
         for name, value in state.items():
+            errors.is_tensor(f"state[{name!r}]", value)
+            errors.has_dtype(f"state[{name!r}]", value, (own[name].dtype,))
             if value.shape != own[name].shape:
                 raise ValueError(
                     f"state[{name!r}]: has shape {tuple(value.shape)}, must be "

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import number
+
 
 class AtGuidance(nn.Module):
     """Called as model(x, t, cond); shares the network's parameters and its other attributes.
@@ -31,7 +33,7 @@ class AtGuidance(nn.Module):
         most = network.config.guidance_max
         if most is None:
             raise ValueError(f"w={w}: this network does not take a guidance weight as an input")
-        if not 0.0 <= w <= most:
+        if not 0.0 <= number("w", w) <= most:
             raise ValueError(f"w={w}: must be in [0, {most}], which the network has learned")
         self.network, self.config = network, replace(network.config, guidance_max=None)
         self.register_buffer("w", torch.tensor([float(w)]), persistent=False)

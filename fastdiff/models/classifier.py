@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..record import Record
+from ..spacing import count
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ClassifierConfig(Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("image_size", "in_channels", "num_classes"):
+            count(name, getattr(self, name), 1)
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"widths={self.widths}: must be one or more, each 1 or more")
         if len(self.depths) != len(self.widths) or min(self.depths) < 0:

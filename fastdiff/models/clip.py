@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import is_batch, is_tensor
 from .config import UNetConfig
 from .encoder import EncoderUNet
 from .text import TextEncoder, check_tokens
@@ -53,6 +54,7 @@ class CLIP(nn.Module):
         Raises:
             ValueError, TypeError: other shapes, dtypes or tokens.
         """
+        is_batch("tokens", tokens)
         check_tokens("tokens", tokens, len(tokens), self.config)
         return F.normalize(self.text_proj(self.text(tokens)[:, -1]))
 
@@ -79,6 +81,13 @@ def contrastive_loss(scores: Tensor, tokens: Tensor) -> Tensor:
     Raises:
         ValueError: scores are not square, or not of as many captions.
     """
+    is_tensor("scores", scores)
+    is_batch("tokens", tokens)
+    if tokens.dim() != 2 or not scores.is_floating_point():
+        raise ValueError(
+            f"tokens: of shape {tuple(tokens.shape)}, scores {scores.dtype}: must be [B, L], and "
+            "floating point"
+        )
     if scores.shape != (len(tokens), len(tokens)):
         raise ValueError(
             f"scores: have shape {tuple(scores.shape)}, must be [B, B] of {len(tokens)} captions"

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import one_of
+from ..errors import is_a, one_of
+from ..spacing import count
 from .blocks import group_norm, timestep_embedding, zeroed
 from .config import UNetConfig
 from .network import Network
@@ -54,6 +55,8 @@ class EncoderUNet(Network):
 
     def __init__(self, config: UNetConfig, outputs: int, pool: str = "attention") -> None:
         super().__init__()
+        is_a("config", config, UNetConfig)
+        count("outputs", outputs, 1, 1 << 20)
         one_of("pool", pool, POOLS)
         default = UNetConfig()
         for name in UNLIKE:
@@ -90,7 +93,18 @@ class EncoderUNet(Network):
         return EncoderUNet(self.config, self.outputs, self.pool)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Logits [B, outputs] of images [B, C, H, W], noised to timesteps t [B]."""
+        """Logits [B, outputs] of images [B, C, H, W], noised to timesteps t [B].
+
+        Raises:
+            ValueError, TypeError: wrong shapes or dtypes; before any work.
+        """
+        self.check_images(x, t, next(self.parameters()))
+        side = self.config.image_size
+        if self.pool == "attention" and x.shape[2:] != (side, side):
+            raise ValueError(
+                f"x of {x.shape[2]}x{x.shape[3]} pixels: must be {side}x{side}, whose places the "
+                "attention over them has learned"
+            )
         waves = timestep_embedding(t, self.config.channels, self.config.time_embedding)
         emb = self.time_embed(waves.to(next(self.parameters()).dtype))
         if self.config.patch_size > 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import errors
 from .blocks import Block, fuse
 from .config import UNetConfig
 
@@ -40,6 +41,28 @@ class Network(nn.Module):
     def conditional(self) -> bool:
         """Whether it is told of an image: then its training data must have labels."""
         return self.config.conditional
+
+    def check_images(self, x: Tensor, t: Tensor, weight: Any) -> None:
+        """Raise ValueError or TypeError unless it takes images x at times t, as its weight is."""
+        channels, multiple = self.config.in_channels, self.config.downsampling
+        for name, value in (("x", x), ("t", t)):
+            errors.is_tensor(name, value)
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"x of shape {tuple(x.shape)}: must be [B, {channels}, H, W]")
+        height, width = x.shape[2:]
+        if height % multiple or width % multiple or height < 1 or width < 1:
+            raise ValueError(
+                f"x of {height}x{width} pixels: height and width must be divisible "
+                f"by {multiple}; pad the images"
+            )
+        if x.device != weight.device:
+            raise ValueError(f"x on {x.device}: must be on {weight.device}, as the model")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x of dtype {x.dtype}: must be {weight.dtype}, as the model; convert")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t of shape {tuple(t.shape)}: must be [{x.shape[0]}], one an image")
+        if t.dtype == torch.bool or t.is_complex():
+            raise TypeError(f"t of dtype {t.dtype}: must be integer or floating point")
 
     def fresh(self) -> Self:
         """A network built as this one is, with weights of its own."""

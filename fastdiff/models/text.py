@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import is_tensor
 from .config import UNetConfig
 
 PAD, START, END = 0, 1, 2  # the tokens that every vocabulary begins with
@@ -21,6 +22,7 @@ def empty_captions(batch: int, length: int, device: torch.device | str = "cpu") 
 def check_tokens(name: str, tokens: Tensor, batch: int, config: UNetConfig) -> None:
     """Raise ValueError or TypeError unless these are `batch` captions' tokens of such a network."""
     assert config.vocabulary is not None
+    is_tensor(name, tokens)
     wanted = batch, config.text_length
     if tokens.shape != wanted:
         raise ValueError(

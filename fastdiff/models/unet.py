@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import errors
 from .at_guidance import AtGuidance
 from .blocks import (
     AttentionBlock,
@@ -80,6 +81,7 @@ class UNet(Network):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
+        errors.is_a("config", config, UNetConfig)
         self.config = config
         width, emb = config.channels, config.embedding_channels
         self.time_embed = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -219,27 +221,13 @@ class UNet(Network):
         self, x: Tensor, t: Tensor, cond: Tensor | None = None, w: Tensor | None = None
     ) -> None:
         """Raise ValueError or TypeError if `forward` does not take these; forward calls it."""
-        config, multiple = self.config, self.config.downsampling
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(
-                f"x of shape {tuple(x.shape)}: must be [B, {config.in_channels}, H, W]"
-            )
-        if x.shape[2] % multiple or x.shape[3] % multiple:
-            raise ValueError(
-                f"x of {x.shape[2]}x{x.shape[3]} pixels: height and width must be divisible "
-                f"by {multiple}; pad the images"
-            )
+        config = self.config
+        self.check_images(x, t, self.out[2].weight)
+        for name, value in (("cond", cond), ("w", w)):
+            if value is not None:
+                errors.is_tensor(name, value)
         if config.predict_both and self.schedule is None:
             raise ValueError("schedule: predict_both needs it; set model.schedule")
-        weight = self.out[2].weight
-        if x.device != weight.device:
-            raise ValueError(f"x on {x.device}: must be on {weight.device}, as the model")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"x of dtype {x.dtype}: must be {weight.dtype}, as the model; convert")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t of shape {tuple(t.shape)}: must be [{x.shape[0]}], one an image")
-        if t.dtype == torch.bool or t.is_complex():
-            raise TypeError(f"t of dtype {t.dtype}: must be integer or floating point")
         if (w is None) != (config.guidance_max is None):
             raise ValueError(
                 f"w: was {'not ' * (w is None)}given, guidance_max is {config.guidance_max}; the "

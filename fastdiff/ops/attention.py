@@ -206,7 +206,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         errors.has_dtype(name, value, (q.dtype,))
     if scale is None:
         scale = size**-0.5
-    if not 0 < scale < float("inf"):
+    if not errors.number("scale", scale) > 0:
         raise ValueError(f"scale={scale}: must be above 0 and finite")
     with_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     return OP.call(q, k, v, scale, with_lse)[0]

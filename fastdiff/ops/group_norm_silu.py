@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
+from ..spacing import count
 from .layout import DTYPES, Operand, element_bytes
 
 
@@ -261,9 +262,9 @@ def check_norm(x: Tensor, groups: int, eps: float, **of_channels: Tensor | None)
     errors.has_dtype("x", x, errors.MODEL_DTYPES)
     if x.dim() < 2:
         raise ValueError(f"x: has shape {tuple(x.shape)}, must be [N, C, ...]")
-    if groups < 1 or x.shape[1] % groups:
+    if x.shape[1] % count("groups", groups, 1):
         raise ValueError(f"groups={groups}: must divide x's {x.shape[1]} channels")
-    if not eps > 0:
+    if not errors.number("eps", eps) > 0:
         raise ValueError(f"eps={eps}: must be above 0")
     for name, value in of_channels.items():
         if value is not None:

@@ -82,6 +82,7 @@ def _described(
 
 def available(dtype: torch.dtype) -> bool:
     """Whether the kernel runs here: AVX-512, for bfloat16 with its dot product. Else use torch."""
+    errors.is_a("dtype", dtype, torch.dtype)
     return _C is not None and dtype in DTYPES and _C.linear_runs(DTYPES[dtype])
 
 

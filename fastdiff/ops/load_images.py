@@ -17,6 +17,8 @@ from .. import errors
 from ..op import Case, Op
 from .layout import DTYPES, element_bytes
 
+MOST_PAD = 4096  # pixels on a side: far beyond any image, far from an address that overflows
+
 
 def reference(
     images: Tensor,
@@ -115,6 +117,12 @@ OP = Op(
 )
 
 
+def check_pad(pad: int) -> None:
+    """Raise ValueError unless images can be padded with so much."""
+    if type(pad) is not int or not 0 <= pad <= MOST_PAD:
+        raise ValueError(f"pad={pad!r}: must be an int from 0 to {MOST_PAD}")
+
+
 def load_images(
     images: Tensor,
     index: Tensor,
@@ -146,7 +154,6 @@ def load_images(
         errors.per_sample("flips", flips, torch.bool, "index", index)
         errors.on_device("flips", flips, "images", images)
         flips = flips.contiguous()
-    if type(pad) is not int or pad < 0:
-        raise ValueError(f"pad={pad!r}: must be an int of 0 or more")
+    check_pad(pad)
     errors.one_of("dtype", dtype, DTYPES)
     return OP.call(images, index.contiguous(), flips, pad, dtype, channels_last)

@@ -10,7 +10,7 @@ bfloat16 data no noise is lost at small t. z comes from a tensor or from the sam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,12 +18,10 @@ from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
+from ..schedule import NoiseSchedule
 from .layout import describe, element_bytes, rows
+from .randn import check_row, streams_of
 from .randn import reference as randn_reference
-from .randn import streams_of
-
-if TYPE_CHECKING:
-    from ..schedule import NoiseSchedule
 
 _made: WeakKeyDictionary[NoiseSchedule, dict[Any, Tensor]] = WeakKeyDictionary()
 
@@ -154,7 +152,9 @@ def noising(
     errors.is_batch("x0", x0)
     errors.has_dtype("x0", x0, errors.MODEL_DTYPES)
     errors.per_sample("t", t, torch.int64, "x0", x0)
+    errors.is_a("schedule", schedule, NoiseSchedule)
     errors.in_range("t", t, len(schedule))
+    row = check_row(row)
     streams = None
     if noise is not None:
         if seed is not None:

@@ -49,6 +49,7 @@ def available(dtype: torch.dtype) -> bool:
 
     They take AVX-512, and for bfloat16 its dot product.
     """
+    errors.is_a("dtype", dtype, torch.dtype)
     return dtype in _AVAILABLE
 
 

@@ -14,11 +14,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import errors
 from ..op import Case, Op
+from ..spacing import count, sizes
 
 BEFORE_FIRST_ROW = -1  # the row of x_T, which is drawn before row 0 runs
 _WORD = 0xFFFFFFFF
@@ -116,15 +118,18 @@ def streams_of(
     sample k the stream (seed[k], 0), which is that of `seed=seed[k]` at batch 1.
     ValueError for a seed outside [0, 2^63) or a sequence of another length.
     """
-    seeds = [seed] if isinstance(seed, int) else [int(s) for s in seed]
-    if not isinstance(seed, int) and len(seeds) != batch:
+    one = isinstance(seed, int | np.integer)
+    seeds = sizes("seed", [seed] if one else seed)
+    if not one and len(seeds) != batch:
         raise ValueError(f"seed: has {len(seeds)} entries, must be one int or {batch} of them")
-    for word in {*seeds, first_index, first_index + max(0, batch - 1)}:
+    batch = count("batch", batch, 0)
+    first_index = count("first_index", first_index, 0, (1 << 63) - max(1, batch))
+    for word in seeds:
         if not 0 <= word < 1 << 63:
-            raise ValueError(f"seed={word}: must be in [0, 2^63), and so must first_index")
+            raise ValueError(f"seed={word}: must be in [0, 2^63)")
     made = torch.zeros(batch, 2, dtype=torch.int64)
     made[:, 0] = torch.tensor(seeds)
-    if isinstance(seed, int):
+    if one:
         made[:, 1] = torch.arange(first_index, first_index + batch)
     return made.to(device, non_blocking=True)
 
@@ -137,15 +142,14 @@ def _draw(
     device: torch.device | str,
     bits: bool,
 ) -> Tensor:
-    shape = tuple(shape)
+    shape = sizes("shape", shape)
     if not shape or any(s < 0 for s in shape):
         raise ValueError(f"shape={shape}: must be [B, ...] with no negative size")
     if max(shape) >= 1 << 61 or math.prod(shape) >= 1 << 61:
         raise ValueError(f"shape={shape}: has more elements than memory has addresses")
     if math.prod(shape[1:]) > _LARGEST_SAMPLE:
         raise ValueError(f"shape={shape}: a sample can have at most 2^34 elements")
-    if not -1 <= row < _WORD:
-        raise ValueError(f"row={row}: must be -1 (x_T) or in [0, 2^32 - 1)")
+    row = check_row(row)
     streams = streams_of(seed, shape[0], first_index, device=device)
     return OP.call(shape, streams, row, bits)
 
@@ -177,6 +181,11 @@ def randbits(
 ) -> Tensor:
     """The uint32 stream that `randn` is made from, [B, ...]; arguments as there."""
     return _draw(shape, seed, row, first_index, device, bits=True)
+
+
+def check_row(row: int) -> int:
+    """The row, if it is one: -1, that of x_T, or as many as 32 bits count."""
+    return count("row", row, BEFORE_FIRST_ROW, _WORD - 1)
 
 
 def check_streams(name: str, streams: Tensor, batch: int) -> None:

@@ -275,7 +275,7 @@ def _is_plain(x: Tensor, m: Tensor, table: Tensor, row: Tensor) -> bool:
     itself checks the row.
     """
     return (
-        type(x) is type(m) is Tensor
+        type(x) is type(m) is type(table) is type(row) is Tensor
         and x.dtype is torch.float32
         and m.dtype in DTYPES
         and x.dim() > 0
@@ -305,11 +305,15 @@ def _are_plain(
 ) -> bool:
     for operand, dtype in ((m_u, m.dtype), (v, m.dtype), (g, x.dtype), (h, x.dtype), (z, x.dtype)):
         if operand is not None and not (
-            operand.dtype is dtype and operand.is_cpu and operand.shape == x.shape
+            isinstance(operand, Tensor)
+            and operand.dtype is dtype
+            and operand.is_cpu
+            and operand.shape == x.shape
         ):
             return False
     return streams is None or (
-        streams.dtype is torch.int64
+        isinstance(streams, Tensor)
+        and streams.dtype is torch.int64
         and streams.is_cpu
         and streams.stride() == (2, 1)
         and streams.shape == (len(x), 2)

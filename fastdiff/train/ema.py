@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import number
+
 # the relative standard deviations of the two averages that post-hoc EMA is made from
 SIGMA_RELS = (0.05, 0.10)
 
@@ -42,7 +44,7 @@ def gamma_of(sigma_rel: float) -> float:
             of all steps.
     """
     limit = math.sqrt(1 / 12)
-    if not 0.0 < sigma_rel <= limit:
+    if not 0.0 < number("sigma_rel", sigma_rel) <= limit:
         raise ValueError(f"sigma_rel={sigma_rel}: must be in (0, {limit:.3f}]")
     t = sigma_rel**-2
     return float(max(np.roots([1, 7, 16 - t, 12 - t]).real))

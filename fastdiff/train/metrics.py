@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import errors
 from ..files import write_bytes
 from ..images import to_uint8
 
@@ -115,7 +116,7 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: the folder holds none.
     """
-    path = Path(folder) / METRICS
+    path = errors.path("folder", folder) / METRICS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; {folder} holds no run")
     lines = []

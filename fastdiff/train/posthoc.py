@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import errors
 from ..checkpoint import load
 from ..models import UNet
 from .ema import gamma_of
@@ -37,7 +38,7 @@ def posthoc(folder: str | Path, sigma_rel: float, step: int | None = None) -> UN
         FileNotFoundError: the folder holds no snapshots.
         ValueError: sigma_rel or step is out of range.
     """
-    gamma, root = gamma_of(sigma_rel), Path(folder) / SNAPSHOTS
+    gamma, root = gamma_of(sigma_rel), errors.path("folder", folder) / SNAPSHOTS
     found = []
     for path in sorted(root.glob("*.safetensors")):
         made = json.loads(path.with_suffix(".json").read_text())["training"]

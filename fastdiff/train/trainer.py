@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import errors
 from ..data import ImageSet, drop_labels
 from ..losses import (
     ClassifierLoss,
@@ -83,6 +84,15 @@ class Trainer:
         loss: DiffusionLoss | DistillationLoss | ClassifierLoss | None = None,
         distilled: Distilled | None = None,
     ) -> None:
+        errors.is_a("model", model, Network)
+        errors.is_a("schedule", schedule, NoiseSchedule)
+        errors.is_a("data", data, ImageSet)
+        errors.is_a("config", config, TrainConfig)
+        errors.path("out", out)
+        if loss is not None and not hasattr(loss, "with_sums"):
+            raise TypeError(f"loss: must have with_sums, got {type(loss).__name__}")
+        if distilled is not None:
+            errors.is_a("distilled", distilled, Distilled)
         _check_data(model, data)
         if model.config.predict_both and config.prediction != "x0":
             raise ValueError(
