@@ -108,7 +108,7 @@ def verdict(points: Mapping[str, Point]) -> list[str]:
     verdicts = {True: "Holds", False: "Does not hold", None: "Undecided"}
     return [
         f"Three trainings of the base have FDs of {min(own):.3g} to {max(own):.3g}; between these "
-        "nothing is decided. The paper trains for days, in which larger networks catch up.",
+        "nothing is decided. The paper trains for days, which larger networks need.",
         "",
         *(f"- **{verdicts[found]}**: {said}." for said, found in claims.items()),
     ]
