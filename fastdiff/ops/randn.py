@@ -118,11 +118,11 @@ def streams_of(
     sample k the stream (seed[k], 0), which is that of `seed=seed[k]` at batch 1.
     ValueError for a seed outside [0, 2^63) or a sequence of another length.
     """
+    batch = count("batch", batch, 0)
     one = isinstance(seed, int | np.integer)
     seeds = sizes("seed", [seed] if one else seed)
     if not one and len(seeds) != batch:
         raise ValueError(f"seed: has {len(seeds)} entries, must be one int or {batch} of them")
-    batch = count("batch", batch, 0)
     first_index = count("first_index", first_index, 0, (1 << 63) - max(1, batch))
     for word in seeds:
         if not 0 <= word < 1 << 63:
@@ -130,7 +130,7 @@ def streams_of(
     made = torch.zeros(batch, 2, dtype=torch.int64)
     made[:, 0] = torch.tensor(seeds)
     if one:
-        made[:, 1] = torch.arange(first_index, first_index + batch)
+        made[:, 1] = first_index + torch.arange(batch)  # whose end may be 2^63
     return made.to(device, non_blocking=True)
 
 
