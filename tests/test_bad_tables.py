@@ -89,7 +89,8 @@ def test_schedules(name):
             wanted, found = published(name, **given), schedule.sigma / schedule.alpha
         assert len(wanted) == len(schedule)
         seen = np.isfinite(wanted) & (wanted < 1e6)
-        np.testing.assert_allclose(found[seen], wanted[seen], rtol=1e-6)
+        rough = 1e-6 * wanted + 1e-14 / wanted  # of 1 - alphabar there is little left near the data
+        assert (np.abs(found - wanted)[seen] <= rough[seen]).all()
         if len(schedule) > 1 and schedule.variance_preserving:
             ended = schedule.zero_terminal_snr()
             assert ended.alpha[-1] == 0 and np.isclose(ended.alpha[0], schedule.alpha[0])

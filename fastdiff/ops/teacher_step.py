@@ -171,7 +171,7 @@ def teacher_step(
     weights = None
     if isinstance(w, Tensor):
         errors.per_sample("w", w, torch.float32, "z", z)
-        weights, w = w.contiguous(), 0.0
+        weights, w = w.contiguous(), None
     errors.no_gradient(z=z, m=m, z_t=z_t, m_uncond=m_uncond, w=weights)
     row = table.contiguous(), i.contiguous()
-    return OP.call(z, m, *row, z_t, m_uncond, weights, float(w or 0))
+    return OP.call(z, m, *row, z_t, m_uncond, weights, 0.0 if w is None else errors.number("w", w))
