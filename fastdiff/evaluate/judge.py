@@ -140,4 +140,5 @@ def balanced(labels: Tensor) -> Tensor:
     for label in labels.unique():
         chosen = labels == label
         turn[chosen] = torch.arange(int(chosen.sum()))
-    return (turn * (labels.max() + 1) + labels).argsort()
+    by_class = labels.argsort(stable=True)
+    return by_class[turn[by_class].argsort(stable=True)]
