@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -54,11 +54,15 @@ def check_images(name: str, images: Tensor, model: Model) -> None:
 
 
 def check_conditions(batch: int, **conditions: Tensor | None) -> None:
-    """Raise unless these are tensors [B, ...] of this batch, or None."""
+    """Raise unless these have an entry a sample of this batch; None is none.
+
+    A model may take what is no tensor; guidance, which joins two of them, does not.
+    """
     for name, value in conditions.items():
         if value is None:
             continue
-        errors.is_batch(name, value)
+        if isinstance(value, Tensor) or not isinstance(value, Sized):
+            errors.is_batch(name, value)
         if len(value) != batch:
             raise ValueError(f"{name}: has batch {len(value)}, must be {batch}, one a sample")
 
@@ -92,7 +96,9 @@ class Rollout:
         self.learned_variance = table.learned_variance
         self.streams = streams if table.noisy else None
         self.h = torch.zeros_like(x) if table.history else None
-        self.both = None if cond is None or uncond is None else torch.cat([cond, uncond])
+        self.both = None
+        if table.guided and cond is not None and uncond is not None:
+            self.both = torch.cat([cond, uncond])
         self.copies = 2 if table.guided else int(dtype != x.dtype or bool((table.c_in != 1).any()))
         self.c_in = table.c_in.tolist()
         self.input = x
@@ -216,6 +222,7 @@ def unconditional(model: Model, cond: Tensor | None, uncond: Tensor | None) -> T
     """What stands for "no condition" beside `cond`: `uncond`, or what the model says does."""
     if cond is None:
         raise ValueError("guidance: needs a condition to strengthen; give cond")
+    errors.is_batch("cond", cond)
     if uncond is None:
         if not hasattr(model, "null_cond"):
             raise ValueError(

@@ -71,6 +71,8 @@ class Guided(nn.Module):
         return doubled
 
     def _doubled(self, x: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if cond is not None:
+            errors.is_batch("cond", cond)
         check_conditions(len(x), cond=cond)
         given = None if cond is None or self.no_cond is None else self.no_cond(cond)
         uncond = unconditional(self.model, cond, given)

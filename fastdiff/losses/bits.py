@@ -92,6 +92,8 @@ def bits_per_dim(
     low, high = (float(end) for end in x0.aminmax())
     if not (low >= -1.001 and high <= 1.001):
         raise ValueError(f"x0: spans {low} to {high}, must be within -1 and 1, uint8 / 127.5 - 1")
+    if cond is not None:
+        errors.is_tensor("cond", cond)
     check_conditions(len(x0), cond=cond)
     if clip is not None and not errors.number("clip", clip) > 0:
         raise ValueError(f"clip={clip}: must be positive, or None")

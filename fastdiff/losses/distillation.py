@@ -143,6 +143,7 @@ class DistillationLoss:
         if self.guidance is not None:
             if cond is None:
                 raise ValueError("cond: guidance needs a condition to strengthen; give cond")
+            errors.is_tensor("cond", cond)
             check_conditions(batch, cond=cond)
         self._tables = tuple(at(device, table) for table in self._tables)
         self._weights = at(device, self._weights)
