@@ -172,11 +172,16 @@ def test_ctrl_c_ends_the_command_cleanly_and_keeps_what_was_finished(tmp_path, m
         "--per-shard", "20", "--batch", "20", "--out", str(out),
     ]  # fmt: skip
     run = subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True,
+        # a shell's background job ignores it, and so would all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     time.sleep(moment)
     run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=60)
+    try:
+        _, said = run.communicate(timeout=60)
+    finally:
+        run.kill()
     if moment > 1:  # before that Python itself may still be starting
         assert run.returncode in (130, -signal.SIGINT), said
     assert not list(out.glob(".*.tmp"))
