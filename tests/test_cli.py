@@ -92,6 +92,7 @@ def test_captions_are_told_in_turn(captioned, tmp_path):
     same = (saved["images"] == np.load(tmp_path / "y.npz")["images"]).all((1, 2, 3))
     assert same.tolist() == [False, True, False]  # the caption is heard, and the noise is the same
     assert sample(captioned, tmp_path / "z.png") == 0  # told nothing
+    assert sample(captioned, tmp_path / "w.png", *told, "--class", "1") == 1
 
 
 @pytest.mark.parametrize("ending", [".gif", ".png", ".webp"])

@@ -150,6 +150,8 @@ def _told(args: argparse.Namespace, model: UNet) -> tuple[torch.Tensor | None, i
     classes = model.config.num_classes
     if args.captions and model.config.vocabulary is None:
         raise ValueError(f"--caption={args.captions}: {args.model} knows none; leave it out")
+    if args.captions and args.classes:
+        raise ValueError(f"--class={args.classes}: {args.model} is told captions; leave it out")
     if args.captions:
         told = tokenize(args.captions, model.config.text_length, model.class_names)
         return told, args.num or 10 * len(told)
