@@ -13,7 +13,7 @@ sample: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest tests
 
-# generated input, ten thousand examples a call
+# generated input, ten thousand examples a call (networks and commands a quarter)
 nightly: .venv/ready
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_bad_*.py
 
