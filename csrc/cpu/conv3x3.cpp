@@ -5,7 +5,7 @@
 
 #include "kernels.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <algorithm>
 
 #include "gemm.h"
@@ -24,7 +24,7 @@ constexpr int64_t kGap = 32;
 template <class T, int tile>
 struct Convolution {
   static constexpr int kSpan = tile + 2, kPositions = kSpan * kSpan;
-  static constexpr int64_t kMost = tile == 4 ? 32 : 64;  // tiles of a block
+  static constexpr int64_t kMost = (tile == 4 ? 32 : 64) / (kRows == 8 ? 1 : 1);  // tiles of a block
 
   const Conv3x3& op;
   const Tiles tiling = {tile, op.height, op.width};
@@ -161,14 +161,17 @@ void run(const Conv3x3& op) {
 }  // namespace
 
 bool conv3x3_runs(DType dtype) {
-  return dtype == DType::f32 || (dtype == DType::bf16 && __builtin_cpu_supports("avx512bf16"));
+#if defined(__AVX512F__)
+  if (dtype == DType::bf16) return __builtin_cpu_supports("avx512bf16");
+#endif
+  return dtype == DType::f32;
 }
 
 void conv3x3(Conv3x3 op) {
-  if (op.dtype == DType::f32)
-    run<float>(op);
-  else
-    run<uint16_t>(op);
+  if (op.dtype == DType::f32) return run<float>(op);
+#if defined(__AVX512F__)
+  run<uint16_t>(op);
+#endif
 }
 
 }  // namespace FD_ISA

@@ -5,7 +5,7 @@
 
 #include "kernels.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <algorithm>
 
 #include "gemm.h"
@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kGap = 32;  // between positions, as in conv3x3.cpp
 constexpr int64_t kSome = 4 << 20, kSums = 1 << 19;  // bytes: of the transformed, of a task's sums
+
+constexpr int kLanes = kRows < 8 ? 4 : 8;  // of a vector, which are rows of a product
 
 // T: float, or uint16_t for bfloat16.
 template <class T, int tile>
@@ -88,10 +90,10 @@ struct WeightGradient {
       for (int64_t k = 0; k < rows; k += kTerms<T>) {
         const int64_t depth = std::min(rows - k, kTerms<T>);
         const Keep keep = {sums + i * sums_stride(), add || k > 0};
-        for (int64_t c = first; c < last; c += kRows) {
+        for (int64_t c = first; c < last; c += kLanes) {
           const T* const block = a + c / kVec * rows * kVec + k * kVec;
           const Ahead ahead = {reinterpret_cast<const char*>(block + rows * kVec), 64};
-          multiply_rows<kRows, kVec>(block + c % kVec * kPair<T>, kPair<T>, b + k * kPanel, depth,
+          multiply_rows<kLanes, kVec>(block + c % kVec * kPair<T>, kPair<T>, b + k * kPanel, depth,
                                      keep, c - first, ahead);
         }
       }
@@ -117,7 +119,7 @@ struct WeightGradient {
         FD_UNROLL(16)
         for (int k = 0; k < kVec; ++k) {
           __builtin_prefetch(to + k * op.inputs * kTaps + 64, 1);
-          _mm512_mask_storeu_ps(to + k * op.inputs * kTaps, (1 << kTaps) - 1, tap[k].v);
+          store_first<kTaps>(to + k * op.inputs * kTaps, tap[k]);
         }
       }
   }
@@ -164,10 +166,10 @@ void run(const Conv3x3WeightGradient& op) {
 }  // namespace
 
 void conv3x3_weight_gradient(Conv3x3WeightGradient op) {
-  if (op.dtype == DType::f32)
-    run<float>(op);
-  else
-    run<uint16_t>(op);
+  if (op.dtype == DType::f32) return run<float>(op);
+#if defined(__AVX512F__)
+  run<uint16_t>(op);
+#endif
 }
 
 }  // namespace FD_ISA

@@ -1,4 +1,4 @@
-// Products of a few rows with a panel of 32 columns, all sums in registers: AVX-512 only.
+// Products of a few rows with a panel of 32 columns, all sums in registers.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,12 @@ namespace fd {
 namespace {
 
 constexpr int kPanel = 32;  // columns
-constexpr int kRows = 8;    // at most: with two columns of registers, half of them
+// Rows at most, and vectors of columns at a time, by how many registers there are for their sums.
+#if defined(__AVX512F__)
+constexpr int kRows = 8, kTogether = 2;
+#else
+constexpr int kRows = 6, kTogether = 1;
+#endif
 
 // What is to come to L1 meanwhile: some bytes at each step through the depth, at least a line.
 struct Ahead {
@@ -23,15 +28,14 @@ struct Ahead {
   }
 };
 
-// What becomes of a row's sums: c[row][32] is set to them, or they are added to it.
+// What becomes of a row's sums, from some column on: c[row][32] is set to them, or they are added.
 struct Keep {
   float* c;
   bool add;
 
-  FD_BF16 FD_MEMBER void operator()(int64_t row, __m512 left, __m512 right) const {
-    float* const to = c + row * kPanel;
-    _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), left) : left);
-    _mm512_storeu_ps(to + kVec, add ? _mm512_add_ps(_mm512_loadu_ps(to + kVec), right) : right);
+  FD_BF16 FD_MEMBER void operator()(int64_t row, int column, Vec sum) const {
+    float* const to = c + row * kPanel + column;
+    store(to, add ? load(to) + sum : sum);
   }
 };
 
@@ -46,25 +50,29 @@ constexpr int64_t kTerms = sizeof(T) == 4 ? 32 : 256;
 template <int rows, int along = 1, class Finish>
 FD_BF16 inline void multiply_rows(const float* a, int64_t stride, const float* b, int64_t depth,
                                   const Finish& finish, int64_t row, Ahead ahead) {
-  __m512 sum[rows][2];
-  FD_UNROLL(8)
-  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-  FD_UNROLL(2)
-  for (int64_t k = 0; k < depth; ++k) {
-    ahead.fetch();
-    const __m512 left = _mm512_loadu_ps(b + k * kPanel);
-    const __m512 right = _mm512_loadu_ps(b + k * kPanel + kVec);
+  for (int half = 0; half < 2; half += kTogether) {
+    Vec sum[rows][kTogether];
     FD_UNROLL(8)
-    for (int r = 0; r < rows; ++r) {
-      const __m512 value = _mm512_set1_ps(a[r * stride + k * along]);
-      sum[r][0] = _mm512_fmadd_ps(value, left, sum[r][0]);
-      sum[r][1] = _mm512_fmadd_ps(value, right, sum[r][1]);
+    for (int r = 0; r < rows; ++r)
+      for (Vec& s : sum[r]) s = zeros();
+    FD_UNROLL(2)
+    for (int64_t k = 0; k < depth; ++k) {
+      if (half == 0) ahead.fetch();
+      Vec right[kTogether];
+      for (int n = 0; n < kTogether; ++n) right[n] = load(b + k * kPanel + (half + n) * kVec);
+      FD_UNROLL(8)
+      for (int r = 0; r < rows; ++r) {
+        const Vec left = every(a[r * stride + k * along]);
+        for (int n = 0; n < kTogether; ++n) sum[r][n] = fma(left, right[n], sum[r][n]);
+      }
     }
+    FD_UNROLL(8)
+    for (int r = 0; r < rows; ++r)
+      for (int n = 0; n < kTogether; ++n) finish(row + r, (half + n) * kVec, sum[r][n]);
   }
-  FD_UNROLL(8)
-  for (int r = 0; r < rows; ++r) finish(row + r, sum[r][0], sum[r][1]);
 }
 
+#if defined(__AVX512F__)
 // The same in bfloat16, summed in float32. Neighbours of the depth are paired, in a too, whatever
 // `along` is: b[depth / 2][32][2].
 template <int rows, int along = 1, class Finish>
@@ -89,8 +97,10 @@ FD_BF16 inline void multiply_rows(const uint16_t* a, int64_t stride, const uint1
     }
   }
   FD_UNROLL(8)
-  for (int r = 0; r < rows; ++r) finish(row + r, sum[r][0], sum[r][1]);
+  for (int r = 0; r < rows; ++r)
+    for (int n = 0; n < 2; ++n) finish(row + r, n * kVec, Vec{sum[r][n]});
 }
+#endif
 
 // The same for any number of rows. The bits of a sum do not depend on how the rows are cut.
 template <class T, class Finish>
@@ -108,8 +118,10 @@ inline void multiply(int64_t rows, const T* a, int64_t stride, const T* b, int64
     ahead.at += part / width * ahead.step;
   }
   switch (rows) {
+#if defined(__AVX512F__)
     case 7: return multiply_rows<7>(a, stride, b, depth, finish, row, ahead);
     case 6: return multiply_rows<6>(a, stride, b, depth, finish, row, ahead);
+#endif
     case 5: return multiply_rows<5>(a, stride, b, depth, finish, row, ahead);
     case 4: return multiply_rows<4>(a, stride, b, depth, finish, row, ahead);
     case 3: return multiply_rows<3>(a, stride, b, depth, finish, row, ahead);

@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <algorithm>
 
 #include "gemm.h"
@@ -20,15 +20,6 @@ constexpr int64_t kLine = 64 / sizeof(T);
 template <class T>
 constexpr int64_t kChunk = sizeof(T) == 4 ? 128 : 256;  // terms summed at once
 constexpr int64_t kBlock = 128 << 10;  // bytes of a block of rows
-
-FD_HOST_DEVICE void put(float* to, Vec left, Vec right) {
-  store(to, left);
-  store(to + kVec, right);
-}
-
-FD_BF16 FD_MEMBER void put(uint16_t* to, Vec left, Vec right) {
-  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(right.v, left.v));
-}
 
 // Columns `from` to `to` of rows, to L2: to read (0) or to write (1).
 template <int write, class T>
@@ -47,15 +38,11 @@ struct Finish {
   T* out;
   int64_t stride;
 
-  FD_BF16 FD_MEMBER void operator()(int64_t row, __m512 left, __m512 right) const {
-    Vec sum[] = {{left}, {right}};
-    for (int half = 0; half < 2; ++half) {
-      const int64_t c = half * kVec;
-      if (products) sum[half] = load(products + row * kPanel + c) + sum[half];
-      sum[half] = sum[half] + bias[half];
-      if (residual) sum[half] = sum[half] + load(residual + row * residual_stride + c);
-    }
-    put(out + row * stride, sum[0], sum[1]);
+  FD_BF16 FD_MEMBER void operator()(int64_t row, int column, Vec sum) const {
+    if (products) sum = load(products + row * kPanel + column) + sum;
+    sum = sum + bias[column / kVec];
+    if (residual) sum = sum + load(residual + row * residual_stride + column);
+    store(out + row * stride + column, sum);
   }
 
   void fetch(int64_t row, int64_t rows) const {
@@ -140,10 +127,10 @@ bool linear_runs(DType dtype) { return conv3x3_runs(dtype); }
 void linear(Linear op) {
   op = merged(op);
   if (op.rows == 0) return;
-  if (op.dtype == DType::f32)
-    Layer<float>{op}.run();
-  else
-    Layer<uint16_t>{op}.run();
+  if (op.dtype == DType::f32) return Layer<float>{op}.run();
+#if defined(__AVX512F__)
+  Layer<uint16_t>{op}.run();
+#endif
 }
 
 }  // namespace FD_ISA

@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include "gemm.h"
 #include "parallel.h"
 
@@ -20,7 +20,7 @@ FD_MEMBER void load_taps(const PackConv3x3& op, const float* from, Vec* g) {
     FD_UNROLL(16)
     for (int k = 0; k < kVec; ++k) {
       __builtin_prefetch(from + k * op.stride[0] + 8 * op.stride[1]);
-      tap[k].v = _mm512_maskz_loadu_ps((1 << kTaps) - 1, from + k * op.stride[0]);
+      tap[k] = load_first<kTaps>(from + k * op.stride[0]);
     }
     transpose(tap);
   } else {
@@ -70,10 +70,10 @@ void run(const PackConv3x3& op) {
 }  // namespace
 
 void pack_conv3x3(PackConv3x3 op) {
-  if (op.dtype == DType::f32)
-    run<float>(op);
-  else
-    run<uint16_t>(op);
+  if (op.dtype == DType::f32) return run<float>(op);
+#if defined(__AVX512F__)
+  run<uint16_t>(op);
+#endif
 }
 
 }  // namespace FD_ISA

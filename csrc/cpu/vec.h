@@ -1,4 +1,4 @@
-// Sixteen floats, and how they come from and go to memory: AVX-512 only.
+// Sixteen floats, and how they come from and go to memory: one vector of AVX-512, or two of AVX2.
 #pragma once
 
 #include <immintrin.h>
@@ -6,26 +6,47 @@
 #include "../tensor.h"
 
 // A function that needs the bfloat16 instructions, which not every AVX-512 machine has.
+#if defined(__AVX512F__)
 #define FD_BF16 __attribute__((target("avx512bf16")))
+#else
+#define FD_BF16
+#endif
 
 namespace fd {
 namespace {
 
 constexpr int kVec = 16;
 
+// Neighbours of a sum that stand side by side, as the dot product's instruction takes them.
+template <class T>
+constexpr int kPair = sizeof(T) == 2 ? 2 : 1;
+
+#if defined(__AVX512F__)
+
 struct Vec {
   __m512 v;
 };
 
+FD_HOST_DEVICE Vec zeros() { return {_mm512_setzero_ps()}; }
+FD_HOST_DEVICE Vec every(float a) { return {_mm512_set1_ps(a)}; }
 FD_HOST_DEVICE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 FD_HOST_DEVICE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-FD_HOST_DEVICE Vec operator*(float a, Vec b) { return {_mm512_mul_ps(_mm512_set1_ps(a), b.v)}; }
-FD_HOST_DEVICE Vec fma(float a, Vec b, Vec c) {
-  return {_mm512_fmadd_ps(_mm512_set1_ps(a), b.v, c.v)};
-}
+FD_HOST_DEVICE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FD_HOST_DEVICE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
 FD_HOST_DEVICE Vec load(const float* from) { return {_mm512_loadu_ps(from)}; }
 FD_HOST_DEVICE void store(float* to, Vec a) { _mm512_storeu_ps(to, a.v); }
+
+// The first `count` of them, the others 0.
+template <int count>
+FD_MEMBER Vec load_first(const float* from) {
+  return {_mm512_maskz_loadu_ps((1 << count) - 1, from)};
+}
+
+template <int count>
+FD_MEMBER void store_first(float* to, Vec a) {
+  _mm512_mask_storeu_ps(to, (1 << count) - 1, a.v);
+}
 
 FD_HOST_DEVICE Vec load(const uint16_t* from) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -35,17 +56,6 @@ FD_HOST_DEVICE Vec load(const uint16_t* from) {
 // To bfloat16, rounded as to_bf16 does, but that subnormal numbers become zero.
 FD_BF16 FD_HOST_DEVICE void store(uint16_t* to, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(a.v));
-}
-
-// Neighbours of a sum that stand side by side, as the dot product's instruction takes them.
-template <class T>
-constexpr int kPair = sizeof(T) == 2 ? 2 : 1;
-
-// Two neighbours of a sum, of 16 columns each: rows of `width` elements in float32, and pairs in
-// bfloat16.
-FD_HOST_DEVICE void store_pair(float* to, int64_t width, Vec even, Vec odd) {
-  store(to, even);
-  store(to + width, odd);
 }
 
 FD_BF16 FD_HOST_DEVICE void store_pair(uint16_t* to, int64_t, Vec even, Vec odd) {
@@ -74,6 +84,105 @@ FD_HOST_DEVICE void transpose(Vec* v) {
       v[i + side].v = _mm512_permutex2var_ps(a, lower, b);
     }
   }
+}
+
+#else
+
+struct Vec {
+  __m256 low, high;
+};
+
+FD_HOST_DEVICE Vec zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+FD_HOST_DEVICE Vec every(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+FD_HOST_DEVICE Vec operator+(Vec a, Vec b) {
+  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+FD_HOST_DEVICE Vec operator-(Vec a, Vec b) {
+  return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+FD_HOST_DEVICE Vec operator*(Vec a, Vec b) {
+  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+FD_HOST_DEVICE Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+
+FD_HOST_DEVICE Vec load(const float* from) {
+  return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
+}
+FD_HOST_DEVICE void store(float* to, Vec a) {
+  _mm256_storeu_ps(to, a.low);
+  _mm256_storeu_ps(to + 8, a.high);
+}
+
+// All bits of the first `count` lanes.
+template <int count>
+FD_MEMBER __m256i first_of_eight() {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// The first `count` of them, the others 0.
+template <int count>
+FD_MEMBER Vec load_first(const float* from) {
+  return {_mm256_maskload_ps(from, first_of_eight<count>()),
+          _mm256_maskload_ps(from + 8, first_of_eight<count - 8>())};
+}
+
+template <int count>
+FD_MEMBER void store_first(float* to, Vec a) {
+  _mm256_maskstore_ps(to, first_of_eight<count>(), a.low);
+  _mm256_maskstore_ps(to + 8, first_of_eight<count - 8>(), a.high);
+}
+
+// Lanes across the diagonal of eight vectors: blocks of 4, then of 2 and 1.
+FD_HOST_DEVICE void transpose_eight(__m256* const* v) {
+  FD_UNROLL(4)
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = *v[i], b = *v[i + 4];
+    *v[i] = _mm256_permute2f128_ps(a, b, 0x20);
+    *v[i + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+  FD_UNROLL(8)
+  for (int i = 0; i < 8; ++i) {
+    if (i & 2) continue;
+    const __m256d a = _mm256_castps_pd(*v[i]), b = _mm256_castps_pd(*v[i + 2]);
+    *v[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+    *v[i + 2] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  }
+  FD_UNROLL(8)
+  for (int i = 0; i < 8; i += 2) {
+    const __m256 a = *v[i], b = *v[i + 1];
+    *v[i] = _mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa);
+    *v[i + 1] = _mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa);
+  }
+}
+
+// Lane j of v[i] and lane i of v[j] change places.
+FD_HOST_DEVICE void transpose(Vec* v) {
+  FD_UNROLL(8)
+  for (int i = 0; i < 8; ++i) {
+    const __m256 right = v[i].high;
+    v[i].high = v[i + 8].low;
+    v[i + 8].low = right;
+  }
+  for (Vec* half : {v, v + 8}) {
+    __m256 *low[8], *high[8];
+    for (int i = 0; i < 8; ++i) low[i] = &half[i].low, high[i] = &half[i].high;
+    transpose_eight(low);
+    transpose_eight(high);
+  }
+}
+
+#endif
+
+FD_HOST_DEVICE Vec operator*(float a, Vec b) { return every(a) * b; }
+FD_HOST_DEVICE Vec fma(float a, Vec b, Vec c) { return fma(every(a), b, c); }
+
+// Two neighbours of a sum, of 16 columns each: rows of `width` elements in float32, and pairs in
+// bfloat16.
+FD_HOST_DEVICE void store_pair(float* to, int64_t width, Vec even, Vec odd) {
+  store(to, even);
+  store(to + width, odd);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The pixels of a square of an image, zero where it reaches over the edges: AVX-512 only.
+// The pixels of a square of an image, zero where it reaches over the edges.
 #pragma once
 
 #include "vec.h"

@@ -79,7 +79,7 @@ def _engine() -> Iterator[Finding]:
         yield Finding(
             "--",
             f"optimize: fastdiff's convolutions run here in {', '.join(own) or 'no dtype'}; others "
-            "need AVX-512 (bfloat16: its dot product) and go to oneDNN, no slower than torch",
+            "need AVX2 (bfloat16: AVX-512's dot product) and go to oneDNN, no slower than torch",
         )
 
 

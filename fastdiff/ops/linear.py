@@ -81,7 +81,7 @@ def _described(
 
 
 def available(dtype: torch.dtype) -> bool:
-    """Whether the kernel runs here: AVX-512, for bfloat16 with its dot product. Else use torch."""
+    """Whether the kernel runs here: with AVX2, in bfloat16 with AVX-512's dot product. Else torch."""
     errors.is_a("dtype", dtype, torch.dtype)
     return _C is not None and dtype in DTYPES and _C.linear_runs(DTYPES[dtype])
 

@@ -47,7 +47,7 @@ def matrices(tile: int) -> tuple[Tensor, Tensor, Tensor]:
 def available(dtype: torch.dtype) -> bool:
     """Whether the kernels of `conv3x3` and of its gradients run here; use torch where they do not.
 
-    They take AVX-512, and for bfloat16 its dot product.
+    They take AVX2, and for bfloat16 the dot product of AVX-512.
     """
     errors.is_a("dtype", dtype, torch.dtype)
     return dtype in _AVAILABLE
