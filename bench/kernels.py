@@ -79,16 +79,27 @@ def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
             yield without_time(SECTION, row.name, f"refused: wrong ({refused[row.op]})")
         elif settings.device == "cuda" and OPS[row.op].backend("cuda") == "reference":
             yield without_time(SECTION, row.name, "left out: has no kernel for GPUs here")
+        elif settings.device == "cpu" and not has_kernel(OPS[row.op], _inputs(row, settings)):
+            yield without_time(SECTION, row.name, "left out: has no kernel for this CPU")
         else:
             yield from surviving(SECTION, row.name, _measured(row, settings))
 
 
+def _inputs(row: Row, settings: Settings) -> tuple[Any, ...]:
+    case = next(c for c in OPS[row.op].cases() if c.name == row.case(settings))
+    return case.inputs(settings.device)
+
+
+def has_kernel(op: Op, inputs: tuple[Any, ...]) -> bool:
+    """Whether C++ takes these: some need instructions that not every CPU has."""
+    return op.described is None or op.described(*inputs, *op.allocate(*inputs)) is not None
+
+
 def _measured(row: Row, settings: Settings) -> Iterator[Record]:
     op = OPS[row.op]
-    case = next(c for c in op.cases() if c.name == row.case(settings))
-    works = [row.make(op, case.inputs(settings.device), settings)]
+    works = [row.make(op, _inputs(row, settings), settings)]
     for _ in range(sets(settings, works[0].moved) - 1):
-        works.append(row.make(op, case.inputs(settings.device), settings))
+        works.append(row.make(op, _inputs(row, settings), settings))
     wrong = work.faults(works[0])
     if reason := wrong.get((FASTDIFF, works[0].options[0].how)):
         yield without_time(SECTION, row.name, f"refused: wrong ({reason})")

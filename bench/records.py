@@ -27,6 +27,7 @@ COPY, UNGUIDED = "copy", "unguided"
 CONVOLUTION = "as convolutions"  # the time that a network's FLOPs take in oneDNN's convolution
 OWN = "the dtype's own"  # PyTorch's eager error in the dtype
 RATE = "images/s"  # a metric
+NO_BFLOAT16 = "left out: this CPU does not compute in bfloat16"
 LACKS = (torch.OutOfMemoryError, ModuleNotFoundError)  # of the machine, no fault of ours
 YARDSTICKS = {  # providers fastdiff is measured in, and the column that shows it
     COPY: "copies",

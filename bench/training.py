@@ -25,10 +25,21 @@ from tqdm import tqdm
 
 from fastdiff import NoiseSchedule, TrainConfig, Trainer, UNet, UNetConfig
 from fastdiff.data import ImageSet
+from fastdiff.precision import bfloat16_pays
 
 from . import memory, subjects
 from .networks import NAMES
-from .records import FASTDIFF, PLAIN, RATE, Record, Settings, of_race, surviving, without_time
+from .records import (
+    FASTDIFF,
+    NO_BFLOAT16,
+    PLAIN,
+    RATE,
+    Record,
+    Settings,
+    of_race,
+    surviving,
+    without_time,
+)
 from .runtimes import bf16, fp32
 from .timing import Contender, race
 
@@ -57,8 +68,12 @@ ROWS = (Row(bf16), Row(fp32))
 
 def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
     """A step in turns: its time, the images a second, and the memory that the training takes."""
-    for row in tqdm(ROWS[:1] if settings.quick else ROWS, desc=SECTION, leave=False):
+    rows = ROWS[not bfloat16_pays(settings.device) :][:1] if settings.quick else ROWS
+    for row in tqdm(rows, desc=SECTION, leave=False):
         row = replace(row, batch=1) if settings.quick else row
+        if row.dtype == bf16 and not bfloat16_pays(settings.device):
+            yield without_time(SECTION, row.title, NO_BFLOAT16)
+            continue
         with torch.enable_grad():
             yield from surviving(SECTION, row.title, _measured(row, settings))
 

@@ -1,6 +1,9 @@
 """fastdiff: the fastest, clearest way to sample from, train and distil diffusion models."""
 
-import torch as torch  # first: its OpenMP runtime is the one our kernels share
+from .interrupts import held
+
+with held():  # Ctrl-C within torch's own import would end in an abort
+    import torch as torch  # first: its OpenMP runtime is the one our kernels share
 
 from . import ops
 from .checkpoint import load, save

@@ -37,6 +37,7 @@ from bench.records import (
 )
 from bench.timing import Contender
 from fastdiff.ops import OPS
+from fastdiff.precision import bfloat16_pays
 from fastdiff.verify import fault
 
 
@@ -133,6 +134,8 @@ def test_wrong_bits_are_refused(monkeypatch):
 def test_contenders_of_a_row_agree(row):
     op = OPS[row.op]
     inputs = next(c for c in op.cases() if c.name == row.small).inputs("cpu")
+    if not kernels.has_kernel(op, inputs):
+        pytest.skip("no kernel for this CPU")
     made = row.make(op, inputs, QUICK)
     assert work.faults(made) == {}
     assert {FASTDIFF, PLAIN, COPY} <= {o.provider for o in made.options}
@@ -240,14 +243,18 @@ def test_a_run_from_end_to_end(tmp_path, capsys, only_the_tiny_model):
     assert content["machine"]["versions"]["torch"] == torch.__version__
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     records = [Record(**r) for r in content["records"]]
-    assert all(r.p50 is not None for r in records)
+    left_out = tuple(r.row for r in records if r.note.startswith("left out"))
+    assert not (left_out and bfloat16_pays("cpu")), left_out
+    assert all(r.p50 is not None for r in records if r.row not in left_out)
     found = bars.by_row(records)
     for bar in bars.BARS:
         if bar.section not in (networks.SECTION, end_to_end.SECTION, training.SECTION):
-            assert (bar.row, bar.against) in found, bar
-    for provider in (FASTDIFF, training.DIFFUSERS, training.DEFAULT):
+            assert (bar.row, bar.against) in found or bar.row.startswith(left_out), bar
+    dtype = "bf16" if bfloat16_pays("cpu") else "fp32"
+    peers = (training.DIFFUSERS, training.DEFAULT)[: 2 if dtype == "bf16" else 1]
+    for provider in (FASTDIFF, *peers):
         for what in ("", ": memory"):
-            assert found[f"CIFAR-10 network, batch 1, bf16{what}", provider].p50 > 0
+            assert found[f"CIFAR-10 network, batch 1, {dtype}{what}", provider].p50 > 0
     for what in ("", ": error", ": memory"):
         assert found[f"tiny, batch 2, bf16{what}", FASTDIFF].p50 > 0
     for record in records:

@@ -30,6 +30,7 @@ from fastdiff.guidance.clip import CLIPGuidance
 from fastdiff.images import grid, to_uint8
 from fastdiff.losses import UniformTimesteps
 from fastdiff.models.clip import CLIP, contrastive_loss
+from fastdiff.precision import autocast
 
 SHIPPED = "fashion-mnist"  # whose weights the caption model starts with
 TRAIN = TrainConfig(
@@ -110,7 +111,7 @@ def noisy_clip() -> CLIP:
             assert tokens is not None
             t, _ = draws.draw(size, seed, step)
             x, _ = ops.noising(x0, t, shipped.schedule, seed=seed, row=step)
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast("cpu", True):
                 scores = clip(x, t, tokens)
             loss = contrastive_loss(scores.float(), tokens)
             optimizer.zero_grad()

@@ -23,6 +23,7 @@ from fastdiff.cli import main
 from fastdiff.guidance import ClassifierGuidance, load_classifier
 from fastdiff.images import to_uint8
 from fastdiff.models.encoder import EncoderUNet
+from fastdiff.precision import autocast
 from fastdiff.store import Store
 
 STEPS, BATCH = 25, 250
@@ -99,7 +100,7 @@ def drawn(network: Any, kind: Kind, weight: float, seed: int, labels: Tensor, _:
         if kind.by_classifier:
             given = {"gradient": ClassifierGuidance(noisy_classifier(), some)}
         shape = len(some), 1, 32, 32
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu", True):
             x = sampler.sample(network, shape, seed, first_index=first, **given, **kind.how)
         images.append(to_uint8(x))
     return torch.cat(images)
@@ -149,19 +150,24 @@ def verdict(points: Mapping[str, Point]) -> str:
 
 
 def draw(points: Mapping[str, Point], figure: Figure) -> None:
-    left, right = figure.subplots(1, 2)
-    kinds = list(dict.fromkeys(p["kind"] for p in points.values()))
-    for kind, colour in zip(kinds, COLOURS, strict=False):
-        rows = sorted((p for p in points.values() if p["kind"] == kind), key=lambda p: p["weight"])
-        style = {"color": colour, "marker": "o", "markersize": 4, "label": kind, "capsize": 2}
-        fd, spread = [p["fd"] for p in rows], [p["fd_sd"] for p in rows]
-        left.errorbar([p["accuracy"] for p in rows], fd, spread, **style)
-        right.errorbar([p["recall"] for p in rows], [p["precision"] for p in rows], **style)
-    left.set(xlabel="class accuracy", ylabel="Fréchet distance", yscale="log")
-    right.set(xlabel="recall", ylabel="precision")
-    left.legend(fontsize=6)
-    for axes in (left, right):
+    figure.set_size_inches(9, 6.6)
+    panels = figure.subplots(2, 2).flat
+    shown = ("fd", "Fréchet distance"), ("accuracy", "class accuracy")
+    shown += ("precision", "precision"), ("recall", "recall")
+    for axes, (key, label) in zip(panels, shown, strict=True):
+        for kind, colour in zip(KINDS, COLOURS, strict=True):
+            rows = [p for p in points.values() if p["kind"] == kind.name]
+            values, errors = [p[key] for p in rows], [p[f"{key}_sd"] for p in rows]
+            style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 2}
+            axes.errorbar([p["weight"] for p in rows], values, errors, label=kind.name, **style)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="weight", ylabel=label)
+        axes.xaxis.set_major_formatter(lambda weight, _: f"{weight:g}")
         axes.grid(alpha=0.3)
+    figure.axes[0].set_yscale("log")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
 
 
 CLAIM = Claim(

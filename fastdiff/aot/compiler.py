@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,16 @@ def plan_of(op: Op, inputs: tuple[Any, ...]) -> list[Any]:
     """The launches of an op's Triton kernels."""
     kernels = importlib.import_module(f"fastdiff.kernels.{op.name}")
     return list(kernels.plan(*inputs, *op.allocate(*inputs)))
+
+
+class _Kernel(ASTSource):  # type: ignore[misc]
+    """Read by one thread at a time: in CPython 3.11 two that parse at once fail (issue 106905)."""
+
+    _reads = threading.Lock()
+
+    def make_ir(self, *how: Any) -> Any:
+        with self._reads:
+            return super().make_ir(*how)
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Source:
         _, signature, constants, attributes = kernel._pack_args(
             backend, config.options(target.warp), bound, specialization, None
         )
-        return Source(target, config, ASTSource(kernel, signature, constants, attributes))
+        return Source(target, config, _Kernel(kernel, signature, constants, attributes))
 
     @property
     def key(self) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 
 from .. import errors
 from ..op import missing
+from ..precision import bfloat16_pays
 from .engine import Engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,7 +66,7 @@ def optimize(model: nn.Module, dtype: str | None = None, memory: str = "high") -
         dtype = own if own in DTYPES else "float32"
     errors.one_of("dtype", dtype, DTYPES)
     compute = DTYPES[dtype]
-    if compute == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if compute == torch.bfloat16 and not bfloat16_pays("cpu"):
         compute = torch.float32
     return Engine(model, compute, memory)
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..data import ImageSet, fashion_mnist
 from ..models.classifier import Classifier, ClassifierConfig
+from ..precision import autocast
 from .classifier import accuracy, framed, save_classifier
 
 MOMENTUM, WEIGHT_DECAY, RISE, SHIFT = 0.9, 5e-4, 0.2, 2
@@ -41,7 +42,7 @@ def train(
         lr: the rate's peak.
         batch: images a step, at most N.
         seed: of the weights, the order and the augmentation.
-        bf16: autocast to bfloat16; weights stay float32.
+        bf16: autocast to bfloat16 where it pays; weights stay float32.
     """
     if data.labels is None:
         raise ValueError("data: has no labels; a classifier learns from them")
@@ -60,7 +61,7 @@ def train(
     for _ in range(epochs):
         for chosen in torch.randperm(len(data), device=device)[: each * batch].split(batch):
             x = augment(x0[chosen]).contiguous(memory_format=layout)
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            with autocast(device, bf16):
                 loss = F.cross_entropy(model(x).float(), labels[chosen])
             optimizer.zero_grad()
             loss.backward()

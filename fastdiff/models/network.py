@@ -73,7 +73,8 @@ class Network(nn.Module):
 
         GroupNorm with AdaGN and SiLU, and attention, become single ops with gradients of their
         own; on a CPU with AVX2 (in bfloat16 with AVX-512's dot product), 3x3 convolutions go by
-        Winograd's minimal filtering, forward and backward. Parameters and state dict stay. There are no second derivatives.
+        Winograd's minimal filtering, forward and backward. Parameters and state dict stay. There
+        are no second derivatives.
 
         Args:
             fused: False goes back to plain torch.

@@ -81,7 +81,7 @@ def _described(
 
 
 def available(dtype: torch.dtype) -> bool:
-    """Whether the kernel runs here: with AVX2, in bfloat16 with AVX-512's dot product. Else torch."""
+    """Whether the kernel runs here: with AVX2, in bfloat16 AVX-512's dot product. Else torch."""
     errors.is_a("dtype", dtype, torch.dtype)
     return _C is not None and dtype in DTYPES and _C.linear_runs(DTYPES[dtype])
 

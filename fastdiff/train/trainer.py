@@ -28,6 +28,7 @@ from ..models.distilled import Distilled
 from ..models.encoder import EncoderUNet
 from ..models.network import Network
 from ..models.text import check_tokens
+from ..precision import autocast
 from ..schedule import NoiseSchedule
 from ..store import Store
 from .config import TrainConfig
@@ -259,7 +260,7 @@ class Trainer:
             t, weight = self.timesteps.draw(size, config.seed, step, first, self.device)
             last = k == config.accumulate - 1
             with synchronised(self._network, last):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+                with autocast(self.device, config.bf16):
                     losses, sums = self.loss.with_sums(
                         self._network, x0, t, cond, seed=config.seed, row=step, first_index=first
                     )
