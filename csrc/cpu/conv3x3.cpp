@@ -24,7 +24,7 @@ constexpr int64_t kGap = 32;
 template <class T, int tile>
 struct Convolution {
   static constexpr int kSpan = tile + 2, kPositions = kSpan * kSpan;
-  static constexpr int64_t kMost = (tile == 4 ? 32 : 64) / (kRows == 8 ? 1 : 1);  // tiles of a block
+  static constexpr int64_t kMost = tile == 4 ? 32 : 64;  // tiles of a block
 
   const Conv3x3& op;
   const Tiles tiling = {tile, op.height, op.width};
