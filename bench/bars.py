@@ -41,6 +41,11 @@ class Bar:
             return False
         return record.ratio >= self.limit if self.peer else 1 / record.ratio <= self.limit
 
+    def measured(self, found: Found) -> bool:
+        """Whether the row has figures: it is left out on machines that cannot run it."""
+        record = self._record(found)
+        return record is not None and record.p50 is not None
+
     def _record(self, found: Found) -> Record | None:
         if self.against != FASTEST:
             return found.get((self.row, self.against))

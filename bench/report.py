@@ -69,7 +69,8 @@ def bars(
     for bar in BARS:
         if bar.section == section and row in (None, bar.row):
             met = bar.met(found)
-            yield f"{bar} {'met' if met else 'NOT MET'}", met
+            said = "met" if met else "NOT MET" if bar.measured(found) else "NOT MEASURED"
+            yield f"{bar} {said}", met
 
 
 def write(path: Path, machine: dict[str, Any], records: Sequence[Record]) -> None:
