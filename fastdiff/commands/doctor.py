@@ -17,6 +17,7 @@ from ..engine import remembered
 from ..op import BACKENDS, missing
 from ..ops import OPS, conv3x3_available
 from ..ops.layout import _C
+from ..precision import bfloat16_pays
 from ..verify import fault
 from ..version import __version__
 
@@ -71,16 +72,16 @@ def _engine() -> Iterator[Finding]:
     place = remembered.path()
     kept = f"remembered in {place}" if place else "not remembered: FASTDIFF_CACHE=off"
     yield Finding("ok", f"optimize: which kernel is fastest for each layer is {kept}")
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    own = [name for name, dtype in dtypes.items() if conv3x3_available(dtype)]
-    if len(own) == len(dtypes):
-        yield Finding("ok", "optimize: networks run on fastdiff's convolutions, in both dtypes")
-    else:
-        yield Finding(
-            "--",
-            f"optimize: fastdiff's convolutions run here in {', '.join(own) or 'no dtype'}; others "
-            "need AVX2 (bfloat16: AVX-512's dot product) and go to oneDNN, no slower than torch",
-        )
+    needs = {torch.float32: "AVX2", torch.bfloat16: "AVX-512's dot product of bfloat16"}
+    for dtype, need in needs.items():
+        name = str(dtype).removeprefix("torch.")
+        if conv3x3_available(dtype):
+            yield Finding("ok", f"optimize: own convolutions in {name}")
+        else:
+            serve = "oneDNN's serve, no slower than torch"
+            yield Finding("--", f"optimize: own convolutions in {name} need {need}; {serve}")
+    if not bfloat16_pays("cpu"):
+        yield Finding("--", "bfloat16 is computed in float32 on this CPU, where that is faster")
 
 
 def _openmp() -> Iterator[Finding]:
