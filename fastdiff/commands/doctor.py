@@ -77,11 +77,11 @@ def _engine() -> Iterator[Finding]:
         name = str(dtype).removeprefix("torch.")
         if conv3x3_available(dtype):
             yield Finding("ok", f"optimize: own convolutions in {name}")
+        elif dtype == torch.bfloat16 and not bfloat16_pays("cpu"):
+            yield Finding("--", f"{name} is computed in float32 on this CPU, where that is faster")
         else:
             serve = "oneDNN's serve, no slower than torch"
             yield Finding("--", f"optimize: own convolutions in {name} need {need}; {serve}")
-    if not bfloat16_pays("cpu"):
-        yield Finding("--", "bfloat16 is computed in float32 on this CPU, where that is faster")
 
 
 def _openmp() -> Iterator[Finding]:
