@@ -6,7 +6,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import triton
@@ -20,8 +22,7 @@ class Code:
     shared        bytes of shared memory a program
     accesses      bits wide -> how many global accesses of tiles a thread makes (scalars apart)
     tile_bytes    global memory that a program reads and writes in tiles; None if it loops
-    instructions  that a thread runs, each counted once, jumped over or not; None if it loops
-    tensor        how many of them are for tensor cores
+    listed        gives the names of the instructions; NVIDIA's disassembler takes half a second
     """
 
     registers: int
@@ -29,14 +30,28 @@ class Code:
     shared: int
     accesses: dict[int, int]
     tile_bytes: int | None
-    instructions: int | None
-    tensor: int
+    listed: Callable[[], list[str]] = field(repr=False)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the instructions."""
+        return self.listed()
+
+    @property
+    def instructions(self) -> int | None:
+        """That a thread runs, each counted once, jumped over or not; None if it loops."""
+        return None if self.tile_bytes is None else len(self.names)
+
+    @property
+    def tensor(self) -> int:
+        """How many instructions are for tensor cores."""
+        return sum("MMA" in name or name.startswith("v_mfma") for name in self.names)
 
 
 def read(compiled: Any, backend: str) -> Code:
     """The code of Triton's compiled kernel."""
     read = {"cuda": _read_cuda, "hip": _read_hip}[backend]
-    registers, spills, accesses, names = read(compiled.asm)
+    registers, spills, accesses, listed = read(compiled.asm)
     text = compiled.asm["ttir"]
     tiles = re.findall(r"tt\.(?:load|store) .*tensor<((?:\d+x)+)!tt\.ptr<\w*?(\d+)>>", text)
     loops = "scf.for" in text or "scf.while" in text
@@ -46,8 +61,7 @@ def read(compiled: Any, backend: str) -> Code:
         shared=compiled.metadata.shared,
         accesses=accesses,
         tile_bytes=None if loops else sum(_elements(n) * int(bits) // 8 for n, bits in tiles),
-        instructions=None if loops else len(names),
-        tensor=sum("MMA" in name or name.startswith("v_mfma") for name in names),
+        listed=listed,
     )
 
 
@@ -58,7 +72,7 @@ def _elements(sizes: str) -> int:
     return count
 
 
-_Machine = tuple[int, int, dict[int, int], list[str]]
+_Machine = tuple[int, int, dict[int, int], Callable[[], list[str]]]
 
 
 def _read_cuda(asm: Any) -> _Machine:
@@ -68,15 +82,25 @@ def _read_cuda(asm: Any) -> _Machine:
     widths += [
         8 * int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\..*?(0x\w+)", asm["ptx"])
     ]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass"]
-        said = subprocess.run([*command, file.name], check=True, capture_output=True, text=True)
-    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout))
-    names = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", said.stdout)
+    used = dict(
+        re.findall(r"(REG|STACK|LOCAL):(\d+)", _dumped(asm["cubin"], "--dump-resource-usage"))
+    )
     spills = int(used["STACK"]) + int(used["LOCAL"])
-    return int(used["REG"]), spills, dict(Counter(widths)), [n for n in names if n != "NOP"]
+    return int(used["REG"]), spills, dict(Counter(widths)), partial(_disassembled, asm["cubin"])
+
+
+def _disassembled(cubin: bytes) -> list[str]:
+    said = _dumped(cubin, "--dump-sass")
+    names = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", said)
+    return [n for n in names if n != "NOP"]
+
+
+def _dumped(cubin: bytes, what: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _read_hip(asm: Any) -> _Machine:
@@ -94,4 +118,4 @@ def _read_hip(asm: Any) -> _Machine:
     used = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
     names = re.findall(r"^\t((?:[sv]|buffer|global|flat|ds)_\w+)", text, re.MULTILINE)
     spills = used["vgpr_spill_count"]  # scalars go to lanes of vector registers, not to memory
-    return used["vgpr_count"], spills, dict(counts), [n for n in names if n != "s_nop"]
+    return used["vgpr_count"], spills, dict(counts), lambda: [n for n in names if n != "s_nop"]

@@ -111,6 +111,8 @@ def reports(select: Select = lambda op, case, target: True) -> list[Report]:
 
 def _report(source: Source, op: Op, kernel: str, best: bool, uses: list[Use]) -> Report:
     code = machine_code.read(source.compile(), source.target.backend)
+    if best and any(use.case.large for use in uses):
+        _ = code.names  # which predictions ask for: here, several at a time
     return Report(op, source.target, kernel, source.config, best, code, uses)
 
 
