@@ -68,9 +68,9 @@ ROWS = (Row(bf16), Row(fp32))
 
 def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
     """A step in turns: its time, the images a second, and the memory that the training takes."""
-    rows = ROWS[not bfloat16_pays(settings.device) :][:1] if settings.quick else ROWS
+    runs = [row for row in ROWS if row.dtype == fp32 or bfloat16_pays(settings.device)]
+    rows = [replace(row, batch=1) for row in runs[:1]] if settings.quick else ROWS
     for row in tqdm(rows, desc=SECTION, leave=False):
-        row = replace(row, batch=1) if settings.quick else row
         if row.dtype == bf16 and not bfloat16_pays(settings.device):
             yield without_time(SECTION, row.title, NO_BFLOAT16)
             continue
