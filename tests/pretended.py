@@ -40,6 +40,12 @@ class Event:
         return 1e3 * (other.at - self.at)
 
 
+def triton_alone(monkeypatch):
+    """Of the backends for GPUs; the CPU keeps its own, for its launchers outlive the test."""
+    usable = {"triton": True, "cuda": False, "cpp": op._usable("cpp")}
+    monkeypatch.setattr(op, "_usable", usable.get)
+
+
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """What the GPU was asked to wait, in its clock's cycles."""
@@ -51,6 +57,6 @@ def pretended_gpu(monkeypatch):
     }  # fmt: skip
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    monkeypatch.setattr(op, "_usable", lambda name: name == "triton", raising=False)
+    triton_alone(monkeypatch)
     with OnThisCpu():
         yield slept

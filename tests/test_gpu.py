@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pretended import triton_alone
 
-from fastdiff import gpu, op
+from fastdiff import gpu
 from fastdiff.commands import doctor
 from fastdiff.op import BACKENDS
 
@@ -21,7 +22,7 @@ def h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: H100)
-    monkeypatch.setattr(op, "_usable", lambda name: name == "triton", raising=False)
+    triton_alone(monkeypatch)
 
 
 @pytest.fixture
