@@ -2,7 +2,8 @@
 
 dieharder's tests (Debian's package) of the uint32 stream that normals are made of, along one sample
 and across interleaved samples; 10^9 normals against the normal distribution; correlations between
-samples, rows and seeds. Tests that docs/noise.json has are not run again.
+samples, rows and seeds. Tests that docs/noise.json has, or noise.unfinished.json of a run that was
+stopped, are not run again.
 """
 
 from __future__ import annotations

@@ -24,8 +24,21 @@ def test_points_are_measured_once_and_kept(tmp_path):
     first = Points(path, FACTS).measure("a", measured)
     again = Points(path, FACTS).measure("a", measured)
     assert first == again and first["fd"] == 0.25 and first["seconds"] >= 0 and calls == [1]
-    with pytest.raises(SystemExit, match="holds points of"):
+    with pytest.raises(SystemExit, match=r"unfinished\.json: holds points of"):
         Points(path, {**FACTS, "images": 4})
+
+
+def test_what_is_measured_anew_replaces_the_old_when_it_is_finished(tmp_path):
+    path = tmp_path / "x.json"
+    for images in (3, 4):
+        points = Points(path, {**FACTS, "images": images})
+        assert not points.found
+        points.measure("a", lambda images=images: {"fd": images})
+        assert not path.is_file() or json.loads(path.read_text())["points"]["a"]["fd"] == 3
+        points.finish()
+        points.finish()  # nothing is new
+    assert json.loads(path.read_text())["points"]["a"]["fd"] == 4
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_stopped_script_goes_on(tmp_path, monkeypatch, capsys):

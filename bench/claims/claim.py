@@ -35,17 +35,24 @@ Point = dict[str, Any]
 
 
 class Points:
-    """The measured points of a claim, in a file that every new one is added to."""
+    """The measured points of a claim, in a file; until all are there, in one beside it.
+
+    So what is measured anew, with other facts, replaces what was only when it is finished.
+    """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         self.path, self.facts = path, dict(facts)
+        self.unfinished = path.with_suffix(".unfinished.json")
         self.found: dict[str, Point] = {}
-        self.finished = False
-        if path.is_file():
-            record = json.loads(path.read_text())
+        if self.unfinished.is_file():
+            record = json.loads(self.unfinished.read_text())
             if record["facts"] != self.facts:
-                raise SystemExit(f"{path}: holds points of {record['facts']}; remove it first")
-            self.found, self.finished = record["points"], record["finished"]
+                raise SystemExit(
+                    f"{self.unfinished}: holds points of {record['facts']}; remove it first"
+                )
+            self.found = record["points"]
+        elif path.is_file() and (record := json.loads(path.read_text()))["facts"] == self.facts:
+            self.found = record["points"]
 
     def measure(self, name: str, measured: Callable[[], Point]) -> Point:
         """The point of that name: from the file, or measured now and written there."""
@@ -60,18 +67,17 @@ class Points:
         return self.found[name]
 
     def finish(self) -> None:
-        """Say that all are there: only then is the claim's part of the page written."""
-        if not self.finished:
-            self.finished = True
-            self._write()
+        """Say that all are there: only then is the claim's part of the page written of them."""
+        if self.unfinished.is_file():
+            self.unfinished.replace(self.path)
 
     def _write(self) -> None:
         """As JSON, a line a point."""
         rows = [f"{json.dumps(name)}: {json.dumps(point)}" for name, point in self.found.items()]
-        head = {"facts": self.facts, "machine": machine(Settings()), "finished": self.finished}
+        head = {"facts": self.facts, "machine": machine(Settings())}
         text = json.dumps(head)[:-1] + ', "points": {\n' + ",\n".join(rows) + "\n}}\n"
         make_folder(self.path.parent)
-        write_bytes(self.path, text.encode())
+        write_bytes(self.unfinished, text.encode())
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,11 @@ class Claim:
         return 0
 
     def section(self, out: Path) -> list[str]:
-        """Its part of the page, from its file; nothing where that is not finished."""
+        """Its part of the page, from its file; nothing where there is none."""
         path = out / "results" / f"{self.name}.json"
         if not path.is_file():
             return []
         record = json.loads(path.read_text())
-        if not record["finished"]:
-            return []
         points, facts = record["points"], record["facts"]
         threads = record["machine"]["threads"]
         minutes = sum(point["seconds"] for point in points.values()) / 60
