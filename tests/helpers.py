@@ -1,11 +1,13 @@
 """What tests share: every case of every op, and a mark for those that need all of the data."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from fastdiff.ops import OPS
 
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"  # `make nightly`
 needs_data = pytest.mark.skipif(
     not Path("/usr/share/datasets/fashion-mnist").is_dir(),
     reason="needs the Debian package dataset-fashion-mnist",
