@@ -3,7 +3,8 @@
 setup.py uses it for the extension modules; `python csrc/ninja_build.py FOLDER` builds and runs the
 plain C++ tests in FOLDER, with the address and undefined-behaviour sanitizers, or with that of
 threads (`FOLDER thread`). Needs no torch. The CUDA kernels are compiled twice: by nvcc, and for the
-emulator of csrc/tests by the C++ compiler.
+emulator of csrc/tests by the C++ compiler. The tests of AVX-512's run on machines without it, too:
+another emulator there stands for its instructions.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     }
 _EMULATOR = shlex.quote(str(CSRC / "tests" / "emulator"))
 EMULATED = f"-x c++ -DFD_EMULATED -I{_EMULATOR} -Wno-unknown-pragmas"
+EMULATED_AVX512 = f"{_AVX2} -DFD_EMULATED -include {_EMULATOR}/avx512.h -Wno-psabi"
 
 SANITIZERS = {
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=undefined",
@@ -74,10 +76,11 @@ def _path(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _kernels() -> Iterator[Edge]:
-    """Every file of csrc/cpu, once for each instruction set."""
+def _kernels(isas: dict[str, str] = ISAS, chooser: str = "") -> Iterator[Edge]:
+    """Every file of csrc/cpu, once for each instruction set; and once the one that chooses."""
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        for isa, flags in ISAS.items() if source.stem != "isa" else [("any", "")]:
+        each = {"any": chooser} if source.stem == "isa" else isas
+        for isa, flags in each.items():
             yield "cxx", f"{source.stem}.{isa}.o", _path(source), f"-DFD_ISA={isa} {flags}"
 
 
@@ -132,10 +135,20 @@ def extension(
     _run_ninja(folder, f"-O1 -g1 {SANITIZERS['address']}" if sanitized else flags, edges)
 
 
+def _lacks_avx512() -> bool:
+    """Whether this machine has AVX2 and no AVX-512, if Linux tells."""
+    told = Path("/proc/cpuinfo")
+    flags = told.read_text().split() if told.is_file() else []
+    return "avx2" in flags and "avx512bw" not in flags
+
+
 def test(folder: Path, sanitizer: str = "address") -> int:
     """Build and run the C++ tests under a sanitizer; warnings are errors. The exit status."""
     tests = sorted((CSRC / "tests").glob("*.cpp"))
-    edges = [*_kernels(), *_emulated(CSRC / "tests" / "emulator" / "barrier.cu")]
+    kernels = _kernels()
+    if _lacks_avx512():
+        kernels = _kernels(ISAS | {"avx512": EMULATED_AVX512}, EMULATED_AVX512)
+    edges = [*kernels, *_emulated(CSRC / "tests" / "emulator" / "barrier.cu")]
     edges += [("cxx", f"test_{s.stem}.o", _path(s), "") for s in tests]
     link, flags = "-fopenmp", SANITIZERS[sanitizer]
     if sanitizer == "thread":

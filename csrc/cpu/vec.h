@@ -6,7 +6,7 @@
 #include "../tensor.h"
 
 // A function that needs the bfloat16 instructions, which not every AVX-512 machine has.
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(FD_EMULATED)
 #define FD_BF16 __attribute__((target("avx512bf16")))
 #else
 #define FD_BF16
