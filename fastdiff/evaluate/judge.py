@@ -127,7 +127,7 @@ def blurred(images: Tensor) -> Tensor:
 def uniform_noise(images: Tensor, seed: int = 0) -> Tensor:
     """As many images of nothing, every value alike likely."""
     errors.is_tensor("images", images)
-    count("seed", seed, 0, (1 << 63) - 1)
+    seed = count("seed", seed, 0, (1 << 63) - 1)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, images.shape, dtype=torch.uint8, generator=generator)
 

@@ -29,11 +29,11 @@ def nearest(
             copy, and it does not depend on the images' size.
 
     Raises:
-        ValueError: images of two shapes, or of another dtype, or none.
+        ValueError: images of two shapes, or of another dtype, or none, or without pixels.
     """
     errors.is_pictures("images", images)
     errors.is_pictures("among", among)
-    if images.shape[1:] != among.shape[1:] or not len(images) or not len(among):
+    if images.shape[1:] != among.shape[1:] or not images.numel() or not among.numel():
         raise ValueError(
             f"among {tuple(among.shape)}: must hold one or more images of the shape of "
             f"images, {tuple(images.shape)}"
