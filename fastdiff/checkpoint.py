@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import errors
 from .errors import one_of
-from .files import make_folder, read_tensors, write_bytes, write_tensors
+from .files import make_folder, read_tensors, stamp_of, write_bytes, write_tensors
 from .models import UNet, UNetConfig
 from .models.distilled import Distilled
 from .models.encoder import EncoderUNet
@@ -141,6 +141,8 @@ def _load(source: str | Path) -> Network:
         )
     weights, config = _paths(path)
     tensors, metadata = read_tensors(weights)
+    if "config" in metadata and stamp_of(weights) is None:  # `save` writes both
+        raise ValueError(f"{weights}: its checksum's place is damaged; copy or train it again")
     try:
         record = _configuration(weights, config, metadata)
         shape = UNetConfig.from_json(record["model"])

@@ -141,6 +141,16 @@ def test_a_configuration_of_other_weights_is_refused(folder):
     assert load(folder).config == CONFIG  # as those of early versions
 
 
+@pytest.mark.parametrize("part", [b"fastdiff", b"crc32", b"bytes"])
+def test_a_damaged_stamp_is_not_taken_for_none(folder, part):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(part, part[:-1] + b"_", 1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"model\.safetensors: its checksum's place is damaged"):
+            load(folder)
+        (folder / "config.json").unlink(missing_ok=True)
+
+
 def test_an_edited_configuration_is_the_one_that_counts(folder):
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"class_names": ["A", "B", "C"]}))
