@@ -146,7 +146,7 @@ def test_a_damaged_stamp_is_not_taken_for_none(folder, part):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes().replace(part, part[:-1] + b"_", 1))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"model\.safetensors: its checksum's place is damaged"):
+        with pytest.raises(ValueError, match=r"safetensors: its checksum's place is damaged"):
             load(folder)
         (folder / "config.json").unlink(missing_ok=True)
 
