@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,9 @@ from fastdiff.ops.randn import randbits
 # all but those that dieharder's author calls suspect, or says not to use
 TESTS = (0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 15, 16, 17, 100, 101, 102, 200, 201, 202, 203, 204)
 TESTS += (205, 206, 207, 208, 209)
+# those that count tuples, or words so many apart: of all lengths that dieharder -a runs, the last
+# of a few
+TUPLES = {200: range(1, 13), 201: range(2, 6), 202: range(2, 6), 203: (0, 1, 2, 4, 8, 16)}
 LINE = re.compile(r"^\s*(\w+)\|\s*(\d+)\|\s*(\d+)\|\s*(\d+)\|([\d.]+)\|\s*(\w+)", re.MULTILINE)
 BLOCK, SAMPLES = 1 << 22, 4096
 NORMALS, SEEDS = 10**9, (1, 42)
@@ -80,10 +83,23 @@ STREAMS: dict[str, Callable[[], Iterator[Tensor]]] = {
 }
 
 
-def dieharder(stream: Callable[[], Iterator[Tensor]], test: int) -> Point:
+def runs(tests: Iterable[int]) -> Iterator[tuple[int, int | None]]:
+    """Each test, by the lengths of its tuples if it has some."""
+    for test in tests:
+        for length in TUPLES.get(test, (None,)):
+            yield test, length
+
+
+def named(test: int, length: int | None, stream: str) -> str:
+    return f"dieharder {test}{'' if length is None else f' of {length}'}, {stream}"
+
+
+def dieharder(stream: Callable[[], Iterator[Tensor]], test: int, length: int | None) -> Point:
     """The p-values of a test, of as much of the stream as it reads."""
     # -Y 1: a weak p-value is made of more samples until it passes or fails
     command = ["dieharder", "-g", "200", "-Y", "1", "-d", str(test)]
+    if length is not None:
+        command += ["-n", str(length)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin and process.stdout
         read = 0
@@ -98,9 +114,9 @@ def dieharder(stream: Callable[[], Iterator[Tensor]], test: int) -> Point:
         said = process.stdout.read().decode()
     found = LINE.findall(said)
     if not found:
-        raise RuntimeError(f"dieharder -d {test} said nothing that is understood: {said!r}")
+        raise RuntimeError(f"{' '.join(command)}: said nothing that is understood: {said!r}")
     return {
-        "name": found[0][0],
+        "name": found[0][0] + ("" if length is None else f", {length}"),
         "words": read,
         "p": [float(p) for *_, p, _ in found],
         "verdicts": [verdict for *_, verdict in found],
@@ -164,26 +180,27 @@ def correlations() -> Point:
 
 
 def document(points: Mapping[str, Point]) -> str:
-    tests = [p for name, p in points.items() if "dieharder" in name and "control" not in name]
-    p_values = [p for test in tests for p in test["p"]]
-    verdicts = [v for test in tests for v in test["verdicts"]]
+    every = {name: p["verdicts"] for name, p in points.items() if "dieharder" in name}
+    control = [v for name, found in every.items() if "control" in name for v in found]
+    verdicts = [v for name, found in every.items() if "control" not in name for v in found]
     lines = [
         "# The noise",
         "",
         "`python bench/noise.py`: the Philox streams that all noise is made of.",
         "",
-        f"## dieharder: {len(p_values)} p-values",
+        f"## dieharder: {len(verdicts)} p-values",
         "",
         f"{verdicts.count('PASSED')} passed, {verdicts.count('WEAK')} weak, "
         f"{verdicts.count('FAILED')} failed. Below 0.005 or above 0.995 dieharder takes more "
         "samples until a test passes or fails (one in a million), at most a hundred times as many. "
-        "The control is the operating system's generator.",
+        f"The control is the operating system's generator: {control.count('WEAK')} weak of its "
+        f"{len(control)}.",
         "",
         "| test | " + " | ".join(STREAMS) + " |",
         "|---" + "|---" * len(STREAMS) + "|",
     ]
-    for test in TESTS:
-        row = [points.get(f"dieharder {test}, {name}") for name in STREAMS]
+    for test, length in runs(TESTS):
+        row = [points.get(named(test, length, name)) for name in STREAMS]
         if any(row):
             cells = [_said(p) for p in row]
             name = next(p["name"] for p in row if p)
@@ -256,9 +273,10 @@ def main(argv: list[str] | None = None) -> int:
     points.measure("correlations", correlations)
     if args.tests and shutil.which("dieharder") is None:
         raise SystemExit("dieharder: not found; apt install dieharder, or --tests with none")
-    for test in args.tests:
+    for test, length in runs(args.tests):
         for name, stream in STREAMS.items():
-            points.measure(f"dieharder {test}, {name}", partial(dieharder, stream, test))
+            run = partial(dieharder, stream, test, length)
+            points.measure(named(test, length, name), run)
     points.finish()
     write_bytes(args.out / "noise.md", document(points.found).encode())
     print(args.out / "noise.md")
