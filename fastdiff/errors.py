@@ -14,11 +14,16 @@ from torch import Tensor
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _alike(a: object, b: object) -> bool:
+    """False of an int beside True or 1.0, which equal it."""
+    return type(a) is type(b) or not isinstance(b, bool | float | complex)
+
+
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raise ValueError unless `value` is one of `allowed`."""
     allowed = tuple(allowed)
     array = isinstance(value, Tensor) or not isinstance(value, Hashable)  # equal to nothing
-    if array or value not in allowed:
+    if array or not any(a == value and _alike(a, value) for a in allowed):
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
 
 

@@ -39,9 +39,9 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2, scale: int = 1) ->
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
         raise ValueError(f"x of shape {tuple(x.shape)}: must be [B, 1 or 3, H, W], B of 1 or more")
     if columns is not None:
-        count("columns", columns, 1)
-    count("gap", gap, 0)
-    count("scale", scale, 1)
+        columns = count("columns", columns, 1)
+    gap = count("gap", gap, 0)
+    scale = count("scale", scale, 1)
     batch, channels, height, width = x.shape
     across = columns or math.ceil(math.sqrt(batch))
     down = math.ceil(batch / across)

@@ -174,7 +174,7 @@ class Sampler:
         m, m_u, v = split(model_output, x, self._guided[i], self._learned_variance)
         streams = None
         if self._noisy and noise is None:
-            make = _streams if type(seed) is int else streams_of
+            make = _streams if type(seed) is type(first_index) is int else streams_of
             streams = make(seed, len(x), first_index, device=x.device)
         columns, rows = self._on(x.device)
         if not self._history:

@@ -267,7 +267,7 @@ class NoiseSchedule:
             chosen = np.sort([count("spacing: a timestep", t, 0, T - 1) for t in given])
             if len(chosen) == 0 or (np.diff(chosen) == 0).any():
                 raise ValueError("spacing: timesteps must be distinct, and at least one")
-        if steps is not None and steps != len(chosen):
+        if steps is not None and count("steps", steps, 1) != len(chosen):
             raise ValueError(
                 f"steps={steps}: spacing={spacing!r} implies {len(chosen)} steps; leave steps out"
             )

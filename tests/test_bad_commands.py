@@ -113,7 +113,7 @@ def run(argv, capsys):
     said = capsys.readouterr()
     assert status in (DONE, REFUSED, MISUSED)
     if status != DONE:
-        last = said.err.splitlines()[-1] if said.err else said.out
+        last = said.err.rstrip("\n").split("\n")[-1] if said.err else said.out
         assert "fastdiff" in last or argv[0] == "verify", said.err
         assert "Traceback" not in said.err
     return status, said

@@ -96,7 +96,8 @@ def test_peers(kind, changes):
     sampler = refused_clearly(lambda: kind.like(**given), *given, "solver", "timesteps")
     if sampler is not None:
         assert (np.diff(sampler.timesteps) < 0).all() and sampler.timesteps[-1] >= 0
-        assert len(sampler.timesteps) == given["steps"]
+        named = {"ddim5": 5, "3,2": 5}
+        assert len(sampler.timesteps) == (given["steps"] or named[given["spacing"]])
         assert Sampler(sampler.table).table == sampler.table
 
 
@@ -107,7 +108,8 @@ weights = st.floats(-2, 9) | st.lists(st.floats(-2, 9), max_size=4) | anything
 
 
 def linear_model(x, t, cond=None):
-    return x * 0.1 if cond is None else x * 0.1 + cond.real.reshape(-1, 1, 1).float()
+    told = 0 if cond is None else cond.real.float().reshape(-1, *[1] * (x.dim() - 1))
+    return x * 0.1 + told
 
 
 @generated

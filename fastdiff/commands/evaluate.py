@@ -137,10 +137,10 @@ def _model(args: argparse.Namespace) -> _Source:
     sampler = sampling.sampler_of(args, model)
     networks = [sampling.network_at(args, model, w) for w in args.guidance or [None]]
     shape = config.in_channels, config.image_size, config.image_size
-    labels = None if classes is None else torch.arange(args.samples) % classes
     progress = sys.stderr.isatty()
 
     def sets() -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        labels = None if classes is None else torch.arange(args.samples) % classes
         for w, (network, weight) in zip(args.guidance or [None], networks, strict=True):
             name = "samples" if w is None else f"guidance {w:g}"
             batches = draw_batches(

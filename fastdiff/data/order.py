@@ -74,9 +74,8 @@ def drop_labels(
     if null is not None:
         errors.like("null", null, "labels", labels)
         errors.has_dtype("null", null, (torch.int64,))
-    count("seed", seed, 0)
-    count("step", step, 0)
-    count("first", first, 0, LARGEST)
+    seed, step = count("seed", seed, 0), count("step", step, 0)
+    first = count("first", first, 0, LARGEST)
     if not 0.0 <= errors.number("probability", probability) <= 1.0:
         raise ValueError(f"probability={probability}: must be in [0, 1]")
     dropped = _uniform(seed, step, 2, slice(first, first + len(labels))) < probability

@@ -41,8 +41,8 @@ class DataSpace(nn.Module):
         return px * x + pm * m
 
     def moved(self, x: Tensor, t: Tensor, m: Tensor, shift: Tensor) -> Tensor:
-        """The prediction that means data further by `shift` than m does."""
-        return m + shift / self._at(t, x)[1]
+        """The prediction, of m's dtype, that means data further by `shift` than m does."""
+        return m + (shift / self._at(t, x)[1]).to(m.dtype)
 
     def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         errors.per_sample("t", t, torch.int64, "x", x)

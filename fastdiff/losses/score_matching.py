@@ -102,6 +102,7 @@ def sliced_score_matching(
             streams.PROJECTION, x0.shape, seed, row, first_index, x0.device, bits=False
         )
     errors.like("projection", projection, "x0", x0)
+    errors.has_dtype("projection", projection, errors.MODEL_DTYPES)
     with torch.no_grad():
         given = {"noise": noise} if noise is not None else {"seed": seed}
         where = {"row": row, "first_index": first_index}

@@ -35,7 +35,8 @@ def reference(
     weight, bias, scale, shift = (
         None if t is None else t.to(compute) for t in (weight, bias, scale, shift)
     )
-    y = F.group_norm(x.to(compute), groups, weight, bias, eps)
+    # F's refuses a group of one value, which is no less defined: its weight's bias
+    y = torch.group_norm(x.to(compute), groups, weight, bias, eps)
     ones = (1,) * (x.dim() - 2)
     if scale is not None:
         y = y * (1 + scale.reshape(*scale.shape, *ones))
@@ -262,7 +263,7 @@ def check_norm(x: Tensor, groups: int, eps: float, **of_channels: Tensor | None)
     errors.has_dtype("x", x, errors.MODEL_DTYPES)
     if x.dim() < 2:
         raise ValueError(f"x: has shape {tuple(x.shape)}, must be [N, C, ...]")
-    if x.shape[1] % count("groups", groups, 1):
+    if x.shape[1] % count("groups", groups, 1) or groups > max(1, x.shape[1]):
         raise ValueError(f"groups={groups}: must divide x's {x.shape[1]} channels")
     if not errors.number("eps", eps) > 0:
         raise ValueError(f"eps={eps}: must be above 0")

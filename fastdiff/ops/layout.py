@@ -28,7 +28,8 @@ def describe(*tensors: Tensor | None) -> tuple[tuple[int, int, int, int], list[O
     """
     present = [t for t in tensors if t is not None]
     shape, strides = present[0].shape, [t.stride() for t in present]
-    if present[0].is_contiguous() and all(s[1:] == strides[0][1:] for s in strides):
+    alike = all(s[1:] == strides[0][1:] for s in strides) or not shape.numel()
+    if alike and present[0].is_contiguous():
         merged = (shape[0], 1, 1, shape[1:].numel())
         return merged, [
             (t.data_ptr(), DTYPES[t.dtype], (t.stride(0), 0, 0, 1)) if t is not None else None
