@@ -47,7 +47,7 @@ def expected(x0, z, t, prediction="v"):
                     for column in (SCHEDULE.alpha, SCHEDULE.sigma))  # fmt: skip
     x0, z = x0.double(), z.double()
     target = {"v": alpha * z - sigma * x0, "eps": z, "x0": x0, "score": -z / sigma}[prediction]
-    return (target - (alpha * x0 + sigma * z) / 2).square().flatten(1).mean(1)
+    return (target - (alpha * x0 + sigma * z) / 2).square().reshape(len(x0), -1).mean(1)
 
 
 @generated

@@ -75,8 +75,9 @@ class DistillationLoss:
             ends = [errors.number("guidance", w) for w in guidance]
             if len(ends) != 2 or ends[0] > ends[1]:
                 raise ValueError(f"guidance={guidance}: must be one weight, or (low, high)")
+            guidance = ends[0], ends[1]
         elif guidance is not None:
-            errors.number("guidance", guidance)
+            guidance = errors.number("guidance", guidance)
         self.teacher, self.schedule, self.guidance = teacher, schedule, guidance
         self.prediction, self.target, self.weighting = prediction, target, weighting
         self.halving = halve(schedule, timesteps, prediction=prediction, target=target)
