@@ -103,6 +103,7 @@ def sliced_score_matching(
         )
     errors.like("projection", projection, "x0", x0)
     errors.has_dtype("projection", projection, errors.MODEL_DTYPES)
+    flat = len(x0), x0.shape[1:].numel()
     with torch.no_grad():
         given = {"noise": noise} if noise is not None else {"seed": seed}
         where = {"row": row, "first_index": first_index}
@@ -113,7 +114,7 @@ def sliced_score_matching(
             # the other kernels of attention have no second derivative
             with sdpa_kernel(SDPBackend.MATH):
                 score = output_of(model, x_t, t, cond, x0.shape).float()
-            along = (score * projection).reshape(len(t), -1).sum(1)
+            along = (score * projection).reshape(flat).sum(1)
             (slope,) = torch.autograd.grad(along.sum(), x_t, create_graph=True)
         except RuntimeError as error:
             raise RuntimeError(
@@ -121,7 +122,7 @@ def sliced_score_matching(
                 f"({error}); use a network of plain torch layers, not compiled, or "
                 "denoising_score_matching"
             ) from error
-        curved = (slope.float() * projection).reshape(len(t), -1).sum(1)
-        square = score.square().reshape(len(t), -1).sum(1) if variance_reduction else along**2
+        curved = (slope.float() * projection).reshape(flat).sum(1)
+        square = score.square().reshape(flat).sum(1) if variance_reduction else along**2
     variance = torch.tensor(np.square(schedule.sigma), dtype=torch.float32)
     return at(t.device, variance)[t] * (square / 2 + curved)
