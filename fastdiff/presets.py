@@ -75,9 +75,10 @@ def like(
         if steps is None and "{steps}" in preset.spacing:
             raise ValueError(f"steps=None: {peer} needs steps, or a spacing that implies them")
         spacing = preset.spacing.format(steps=steps)
-    offset = offset if spacing == "leading" else 0
-    if preset.drops_zero and spacing in ("leading", "linspace") and steps is not None:
-        timesteps = schedule.timesteps(steps + 1, spacing)[:-1] + offset
+    named = spacing if isinstance(spacing, str) else None  # an array equals no name
+    offset = offset if named == "leading" else 0
+    if preset.drops_zero and named in ("leading", "linspace") and steps is not None:
+        timesteps = schedule.timesteps(steps + 1, named)[:-1] + offset
     elif "{steps}" in preset.spacing:
         timesteps = schedule.timesteps(None, spacing, offset)
     else:
