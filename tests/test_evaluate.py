@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -211,3 +212,13 @@ def test_a_part_of_the_samples_is_made_apart():
     )
     assert torch.equal(whole[3:], part)
     assert not torch.equal(whole[0], whole[3])  # of one class
+
+
+def test_images_without_pixels_are_nearest_to_nothing():
+    with pytest.raises(ValueError, match="among"):
+        nearest(*[torch.zeros(1, 1, 0, 0, dtype=torch.uint8)] * 2)
+
+
+def test_a_seed_of_numpy_is_that_number():
+    images = torch.zeros(2, 1, 3, 3, dtype=torch.uint8)
+    assert torch.equal(uniform_noise(images, np.int64(5)), uniform_noise(images, 5))

@@ -461,3 +461,13 @@ def test_bad_input_is_named(message):
     with pytest.raises((ValueError, TypeError)) as caught:
         BAD[message]()
     assert str(caught.value).startswith(message)
+
+
+def test_of_a_float64_state_the_prediction_is_float32():
+    schedule, x = NoiseSchedule.cosine(50), torch.ones(2, 1, 4, dtype=torch.float64)
+    t, cond = torch.tensor([10, 40]), torch.tensor([0.0, 1.0])
+    assert DynamicThreshold(lambda x, t: x, schedule, "v")(x, t).dtype == torch.float32
+    model = APG(
+        lambda x, t, c: x + c[:, None, None], 2.0, schedule, "v", null_cond=torch.zeros_like
+    )
+    assert model(x, t, cond).dtype == torch.float32

@@ -1,5 +1,6 @@
 """Grids and animations, read back from their files."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -54,3 +55,8 @@ def test_bad_input_is_refused(tmp_path):
         save_animation([], tmp_path / "a.gif")
     with pytest.raises(ValueError, match=r"a\.avi"):
         save_animation([frame], tmp_path / "a.avi")
+
+
+def test_sizes_of_numpy_are_numbers_of_any_size():
+    with pytest.raises(ValueError, match="columns=9223372036854775808"):
+        grid(torch.zeros(1, 1, 2, 2), columns=2**63, gap=np.int64(1))

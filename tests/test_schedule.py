@@ -283,3 +283,9 @@ def test_steps_must_be_an_integer() -> None:
     for steps in (2.5, "10"):
         with pytest.raises(TypeError, match=r"steps=.*must be an integer"):
             NoiseSchedule.linear(1000).timesteps(steps)
+
+
+def test_steps_beside_named_sections_are_a_number():
+    assert len(NoiseSchedule.cosine(50).timesteps(5, "ddim5")) == 5
+    with pytest.raises(TypeError, match="steps"):
+        NoiseSchedule.cosine(50).timesteps([5.0, 5.0], "ddim5")
