@@ -305,3 +305,9 @@ def test_many_images_on_many_threads_keep_their_order(tmp_path):
         data = read(tmp_path, 8)
     torch.set_num_threads(before)
     assert data.images[:, 0, 0, 0].tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("channels", [1.0, True])
+def test_what_equals_a_number_of_channels_is_none(tmp_path, channels):
+    with pytest.raises(ValueError, match="channels="):
+        folder_images(tmp_path, 8, channels=channels)

@@ -361,3 +361,11 @@ def test_bad_input_is_named(message):
     with pytest.raises((ValueError, TypeError)) as caught:
         BAD[message]()
     assert str(caught.value).startswith(message)
+
+
+def test_first_indices_are_integers_also_where_an_equal_one_was_seen_before():
+    sampler, x = DDPMSampler(NoiseSchedule.cosine(50), 3), torch.zeros(2, 1, 4)
+    sampler.step(x, 0, x, first_index=1)
+    for wrong in (1.0, [1.0, 2.0]):
+        with pytest.raises(TypeError, match="first_index"):
+            sampler.step(x, 0, x, first_index=wrong)
