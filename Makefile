@@ -22,7 +22,7 @@ nightly: .venv/ready
 bench: .venv/ready
 	$(BIN)/python bench/run.py --steps 50
 
-# measures the README's figures again; fails where a ratio falls below what it says
+# measures the figures of README or docs/avx2.md again; fails where a ratio falls below what it says
 bench-readme: .venv/ready
 	$(BIN)/python bench/run.py --steps 50 --readme
 

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastdiff
-from fastdiff.precision import bfloat16_pays
 
 from . import subjects
 from .peers import EAGER
-from .records import FASTDIFF, NO_BFLOAT16, Record, Settings, of_race, surviving, without_time
+from .records import FASTDIFF, Record, Settings, in_dtype, of_race, without_time
 from .runtimes import bf16, fp32
 from .timing import Contender, race
 
@@ -59,10 +58,7 @@ class Row:
 def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
     """Each thing as it was and patched, in turns."""
     for row in tqdm(ROWS, desc=SECTION, leave=False):
-        if row.dtype == bf16 and not bfloat16_pays(settings.device):
-            yield without_time(SECTION, row.title, NO_BFLOAT16)
-            continue
-        yield from surviving(SECTION, row.title, _raced(row, settings))
+        yield from in_dtype(SECTION, row.title, row.dtype, settings.device, _raced(row, settings))
 
 
 def _raced(row: Row, settings: Settings) -> Iterator[Record]:

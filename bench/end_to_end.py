@@ -26,7 +26,7 @@ from fastdiff.ops import randn
 
 from . import loops, networks, peers, subjects
 from .networks import Row, Runner, bf16, fp32
-from .records import FASTDIFF, PLAIN, RATE, Record, Settings, of_race, surviving, without_time
+from .records import FASTDIFF, PLAIN, RATE, Record, Settings, in_dtype, of_race, without_time
 from .runtimes import EAGER, PIPELINE
 from .subjects import Bare, Subject
 from .timing import Contender, race
@@ -75,7 +75,9 @@ def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
         if "step" in refused:
             yield without_time(SECTION, title, f"refused: wrong ({refused['step']})")
         else:
-            yield from surviving(SECTION, title, _measured(row, settings))
+            yield from in_dtype(
+                SECTION, title, row.dtype, settings.device, _measured(row, settings)
+            )
 
 
 def _measured(row: Loop, settings: Settings) -> Iterator[Record]:

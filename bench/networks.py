@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fastdiff.engine import Engine
 
 from . import memory, runtimes, subjects
-from .records import CONVOLUTION, FASTDIFF, OWN, Record, Settings, of_race, surviving, without_time
+from .records import CONVOLUTION, FASTDIFF, OWN, Record, Settings, in_dtype, of_race, without_time
 from .runtimes import EAGER, Call, Runtime, bf16, fp32
 from .subjects import Bare, Subject
 from .timing import Contender, now, race
@@ -82,7 +82,9 @@ def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
         rows += (STABLE_DIFFUSION,)
     for row in tqdm(rows, desc=SECTION, leave=False):
         row = replace(row, batch=min(row.batch, 2)) if settings.quick else row
-        yield from surviving(SECTION, row.title, _measured(row, settings))
+        yield from in_dtype(
+            SECTION, row.title, row.dtype, settings.device, _measured(row, settings)
+        )
 
 
 def _measured(row: Row, settings: Settings) -> Iterator[Record]:

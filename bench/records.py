@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fastdiff import gpu
 from fastdiff.op import missing
 from fastdiff.ops import OPS
+from fastdiff.precision import bfloat16_pays
 
 from .timing import Contender, Spread
 
@@ -107,6 +108,15 @@ def of_race(
 def without_time(section: str, row: str, note: str, provider: str = FASTDIFF) -> Record:
     """The record of a row that was refused or skipped."""
     return Record(section, row, provider, "", None, note=note)
+
+
+def in_dtype(
+    section: str, row: str, dtype: torch.dtype, device: str, records: Iterator[Record]
+) -> Iterator[Record]:
+    """The records of a row, as `surviving` has them, where the device computes in its dtype."""
+    if dtype == torch.bfloat16 and not bfloat16_pays(device):
+        return iter([without_time(section, row, NO_BFLOAT16)])
+    return surviving(section, row, records)
 
 
 def surviving(section: str, row: str, records: Iterator[Record]) -> Iterator[Record]:

@@ -31,13 +31,12 @@ from . import memory, subjects
 from .networks import NAMES
 from .records import (
     FASTDIFF,
-    NO_BFLOAT16,
     PLAIN,
     RATE,
     Record,
     Settings,
+    in_dtype,
     of_race,
-    surviving,
     without_time,
 )
 from .runtimes import bf16, fp32
@@ -71,11 +70,10 @@ def measure(settings: Settings, refused: Mapping[str, str]) -> Iterator[Record]:
     runs = [row for row in ROWS if row.dtype == fp32 or bfloat16_pays(settings.device)]
     rows = [replace(row, batch=1) for row in runs[:1]] if settings.quick else ROWS
     for row in tqdm(rows, desc=SECTION, leave=False):
-        if row.dtype == bf16 and not bfloat16_pays(settings.device):
-            yield without_time(SECTION, row.title, NO_BFLOAT16)
-            continue
         with torch.enable_grad():
-            yield from surviving(SECTION, row.title, _measured(row, settings))
+            yield from in_dtype(
+                SECTION, row.title, row.dtype, settings.device, _measured(row, settings)
+            )
 
 
 def _measured(row: Row, settings: Settings) -> Iterator[Record]:

@@ -257,7 +257,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys, only_the_tiny_model):
         for what in ("", ": memory"):
             assert found[f"CIFAR-10 network, batch 1, {dtype}{what}", provider].p50 > 0
     for what in ("", ": error", ": memory"):
-        assert found[f"tiny, batch 2, bf16{what}", FASTDIFF].p50 > 0
+        assert found[f"tiny, batch 2, {dtype}{what}", FASTDIFF].p50 > 0
     for record in records:
         assert record.row in shown
         assert record.p20 is None or record.p20 <= record.p50 <= record.p80

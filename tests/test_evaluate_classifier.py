@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,26 @@ def test_it_learns_a_toy_and_its_features_tell_the_classes(trained):
     assert torch.equal(logits.argmax(1), classes)
     x = data.images[:5].float() / 127.5 - 1
     torch.testing.assert_close(logits[:5], trained(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epochs": 0}, "epochs=0: must be at least 1"),
+        ({"lr": float("nan")}, "lr=nan: must be"),
+        ({"lr": -0.1}, "lr=-0.1: must be positive"),
+        ({"batch": 65}, "batch=65: must be between 1 and 64, the images"),
+        ({"batch": 2.0}, "batch=2.0: must be an integer"),
+        ({"seed": 1 << 63}, "seed=9223372036854775808: must be between"),
+        ({"data": None}, "data: must be a ImageSet"),
+        ({"data": ImageSet(stripes(4, 0).images)}, "data: has no classes"),
+        ({"config": replace(TINY, num_classes=1)}, "data's labels: spans 0 to 1, must be within 0"),
+    ],
+)
+def test_training_refuses_before_it_begins(change, said):
+    given = {"data": stripes(64, 0), "config": TINY, "epochs": 1, "lr": 0.1, "batch": 32, **change}
+    with pytest.raises((TypeError, ValueError), match=said):
+        train(**given, bf16=False)
 
 
 def test_the_judge_counts_the_images_of_the_class_asked_for(trained):

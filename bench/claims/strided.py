@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from fastdiff.draw import draw_batches
 
 FULL = 1000
 STEPS = (10, 20, 50, 100, FULL)
-FEWER = 10  # times fewer images where all steps are taken
+FEWER, LEAST = 10, 500  # times fewer images where all steps are taken, but no fewer than these
 ETAS: dict[str, Any] = {
     **{f"eta {eta:g}": partial(DDIMSampler, eta=eta) for eta in (0.0, 0.2, 0.5, 1.0)},
     "sigma-hat": partial(DDPMSampler, variance="large"),
@@ -42,7 +43,8 @@ def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
     network = optimize(load("fashion-mnist"), "bfloat16")
     for steps in STEPS:
         # the distance depends on the number of images: the longest run's few have a partner
-        counts = [images] if steps < 100 else [images, images // FEWER]
+        few = max(images // FEWER, min(LEAST, images // 2))
+        counts = [images] if steps < 100 else [images, few]
         for count in counts if steps < FULL else counts[1:]:
             for name, kind in ETAS.items():
                 draw = partial(drawn, network, kind, steps)
@@ -106,13 +108,15 @@ def verdict(many: dict[str, dict[int, Point]], few: dict[str, dict[int, Point]])
 
     first, last = order(many, STEPS[0]), order(few, FULL)
     early = (first[0], first[-1]) == ("eta 0", "sigma-hat")
-    late = last[0] == "sigma-hat"
-    gap = few["sigma-hat"][FULL]["fd"] - few[last[0]][FULL]["fd"]
+    rows = {name: few[name][FULL] for name in last}
+    most, other = rows.pop("sigma-hat"), min(rows.values(), key=lambda p: p["fd"])
+    gap, error = other["fd"] - most["fd"], math.hypot(other["fd_sd"], most["fd_sd"])
+    late = "holds" if gap > 2 * error else "does not hold" if gap < -2 * error else "is undecided"
     return (
         f"At {STEPS[0]} steps {first[0]} is the best and {first[-1]} the worst: that part "
         f"**{'holds' if early else 'does not hold'} here**. At {FULL} steps {last[0]} is the best "
-        f"and {last[-1]} the worst: that part **{'holds' if late else 'does not hold'} here**; "
-        f"sigma-hat is {gap:.2g} from the best, of sets so small that seeds differ by as much."
+        f"and {last[-1]} the worst, and sigma-hat {abs(gap):.2g} ± {error:.1g} "
+        f"{'below' if gap > 0 else 'above'} the best other: that part **{late} here**."
     )
 
 

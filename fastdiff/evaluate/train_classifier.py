@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import errors
 from ..data import ImageSet, fashion_mnist
 from ..models.classifier import Classifier, ClassifierConfig
 from ..precision import autocast
+from ..spacing import count
 from .classifier import accuracy, framed, save_classifier
 
 MOMENTUM, WEIGHT_DECAY, RISE, SHIFT = 0.9, 5e-4, 0.2, 2
@@ -43,9 +45,19 @@ def train(
         batch: images a step, at most N.
         seed: of the weights, the order and the augmentation.
         bf16: autocast to bfloat16 where it pays; weights stay float32.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these, before anything is trained.
     """
-    if data.labels is None:
-        raise ValueError("data: has no labels; a classifier learns from them")
+    errors.is_a("data", data, ImageSet)
+    errors.is_a("config", config, ClassifierConfig)
+    if data.labels is None or data.labels.ndim != 1:
+        raise ValueError("data: has no classes, labels [N]; a classifier learns from them")
+    errors.in_range("data's labels", data.labels, config.num_classes)
+    epochs, seed = count("epochs", epochs, 1), count("seed", seed, 0, (1 << 63) - 1)
+    batch = count("batch", batch, 1, len(data), ", the images there are")
+    if (lr := errors.number("lr", lr)) <= 0:
+        raise ValueError(f"lr={lr:g}: must be positive")
     torch.manual_seed(seed)
     layout = torch.channels_last
     model: Classifier = Classifier(config).to(device, memory_format=layout).train()  # type: ignore[call-overload]
