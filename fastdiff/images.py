@@ -17,9 +17,14 @@ LARGEST = 1 << 28  # pixels of a picture
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] as uint8 [B, C, H, W] on the CPU, rounded, clamped; uint8 is left as is."""
+    """Images in [-1, 1] as uint8 [B, C, H, W] on the CPU, rounded, clamped; uint8 is left as is.
+
+    Raises TypeError for numbers that are neither, which may be in any range.
+    """
     if x.dtype == torch.uint8:
         return x.cpu()
+    if not x.is_floating_point():
+        raise TypeError(f"x: has dtype {x.dtype}, must be floating point in [-1, 1], or uint8")
     return x.detach().float().cpu().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -33,7 +38,7 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2, scale: int = 1) ->
         scale: screen pixels a pixel, each way.
 
     Raises:
-        ValueError: another shape.
+        ValueError, TypeError: another shape or dtype.
     """
     errors.is_tensor("x", x)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
@@ -51,8 +56,9 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2, scale: int = 1) ->
             f"columns={columns}, gap={gap}, scale={scale}: {batch} images of x, {height}x{width}, "
             f"make a picture of {size[0] * scale}x{size[1] * scale} pixels; takes 1 to {LARGEST:,}"
         )
+    x = to_uint8(x)
     canvas = torch.full((channels, *size), 255, dtype=torch.uint8)
-    for k, image in enumerate(to_uint8(x)):
+    for k, image in enumerate(x):
         top, left = k // across * (height + gap), k % across * (width + gap)
         canvas[:, top : top + height, left : left + width] = image
     pixels = canvas[0] if channels == 1 else canvas.permute(1, 2, 0)

@@ -104,6 +104,15 @@ def test_rescale_is_that_of_the_paper():
     assert not close(ours, plain)
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_value_has_nothing_to_rescale():
+    x, t = torch.ones(4, 1, 1, 1), torch.full((4,), 3)
+    plain, rescaled = (
+        kind(model, W, null_cond=no_cond)(x, t, COND) for kind in (Guided, GuidanceRescale)
+    )
+    assert torch.equal(rescaled, plain)
+
+
 def apg_of(eta=0.0, radius=float("inf"), momentum=0.0):
     """Sadat et al. 2024, Algorithm 1, sample by sample; the average is a run's."""
     averages = [0.0] * len(COND)

@@ -48,6 +48,9 @@ def test_bad_input_is_refused(tmp_path):
     for shape in ((1, 2, 4, 4), (1, 4, 4), (0, 1, 4, 4)):
         with pytest.raises(ValueError, match=r"x of shape"):
             grid(torch.zeros(shape))
+    for dtype in (torch.int64, torch.bool, torch.complex64):  # 0 .. 255, or what?
+        with pytest.raises(TypeError, match=f"x: has dtype {dtype}, must be floating point"):
+            grid(torch.ones(1, 1, 4, 4, dtype=dtype))
     with pytest.raises(ValueError, match="columns=0"):
         grid(torch.zeros(1, 1, 4, 4), columns=0)
     frame = grid(torch.zeros(1, 1, 4, 4))

@@ -50,4 +50,4 @@ class GuidanceRescale(Guided):
 
 
 def _std(m: Tensor) -> Any:
-    return m.std(tuple(range(1, m.dim())), keepdim=True)
+    return m.std(tuple(range(1, m.dim())), correction=0, keepdim=True)  # also of one value
