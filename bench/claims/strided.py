@@ -21,7 +21,7 @@ from bench.claims.quality import quality
 from fastdiff import DDIMSampler, DDPMSampler, load, optimize
 from fastdiff.draw import draw_batches
 
-FULL = 1000
+FULL, BATCH = 1000, 400
 STEPS = (10, 20, 50, 100, FULL)
 FEWER, LEAST = 10, 500  # times fewer images where all steps are taken, but no fewer than these
 ETAS: dict[str, Any] = {
@@ -61,7 +61,9 @@ def drawn(network: Any, kind: Any, steps: int, seed: int, labels: Tensor, count:
     """Images of the labels, without guidance or clip."""
     spacing = {"spacing": "trailing", "prediction": network.prediction}
     sampler = kind(network.schedule, steps, **spacing)
-    return torch.cat(list(draw_batches(network, sampler, (1, 32, 32), count, labels, seed=seed)))
+    shape = 1, 32, 32
+    batches = draw_batches(network, sampler, shape, count, labels, seed=seed, batch=BATCH)
+    return torch.cat(list(batches))
 
 
 def by_kind(points: Mapping[str, Point], fewer: bool) -> dict[str, dict[int, Point]]:
