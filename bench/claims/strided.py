@@ -23,7 +23,7 @@ from fastdiff.draw import draw_batches
 
 FULL, BATCH = 1000, 400
 STEPS = (10, 20, 50, 100, FULL)
-FEWER, LEAST = 10, 500  # times fewer images where all steps are taken, but no fewer than these
+FEWER, LEAST = 10, 300  # times fewer images where all steps are taken, but no fewer than these
 ETAS: dict[str, Any] = {
     **{f"eta {eta:g}": partial(DDIMSampler, eta=eta) for eta in (0.0, 0.2, 0.5, 1.0)},
     "sigma-hat": partial(DDPMSampler, variance="large"),

@@ -33,9 +33,11 @@ struct Keep {
   float* c;
   bool add;
 
-  FD_BF16 FD_MEMBER void operator()(int64_t row, int column, Vec sum) const {
+  template <int count>
+  FD_BF16 FD_MEMBER void operator()(int64_t row, int column, const Vec (&sum)[count]) const {
     float* const to = c + row * kPanel + column;
-    store(to, add ? load(to) + sum : sum);
+    for (int n = 0; n < count; ++n)
+      store(to + n * kVec, add ? load(to + n * kVec) + sum[n] : sum[n]);
   }
 };
 
@@ -67,8 +69,7 @@ FD_BF16 inline void multiply_rows(const float* a, int64_t stride, const float* b
       }
     }
     FD_UNROLL(8)
-    for (int r = 0; r < rows; ++r)
-      for (int n = 0; n < kTogether; ++n) finish(row + r, (half + n) * kVec, sum[r][n]);
+    for (int r = 0; r < rows; ++r) finish(row + r, half * kVec, sum[r]);
   }
 }
 
@@ -79,9 +80,9 @@ template <int rows, int along = 1, class Finish>
 FD_BF16 inline void multiply_rows(const uint16_t* a, int64_t stride, const uint16_t* b,
                                   int64_t depth, const Finish& finish, int64_t row,
                                   Ahead ahead) {
-  __m512 sum[rows][2];
+  Vec sum[rows][2];
   FD_UNROLL(8)
-  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = zeros();
   FD_UNROLL(2)
   for (int64_t k = 0; k < depth; k += 2) {
     ahead.fetch();
@@ -92,13 +93,12 @@ FD_BF16 inline void multiply_rows(const uint16_t* a, int64_t stride, const uint1
       int32_t pair;
       memcpy(&pair, a + r * stride + k * along, sizeof pair);
       const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
-      sum[r][0] = _mm512_dpbf16_ps(sum[r][0], value, left);
-      sum[r][1] = _mm512_dpbf16_ps(sum[r][1], value, right);
+      sum[r][0].v = _mm512_dpbf16_ps(sum[r][0].v, value, left);
+      sum[r][1].v = _mm512_dpbf16_ps(sum[r][1].v, value, right);
     }
   }
   FD_UNROLL(8)
-  for (int r = 0; r < rows; ++r)
-    for (int n = 0; n < 2; ++n) finish(row + r, n * kVec, Vec{sum[r][n]});
+  for (int r = 0; r < rows; ++r) finish(row + r, 0, sum[r]);
 }
 #endif
 

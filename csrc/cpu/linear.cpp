@@ -28,6 +28,17 @@ inline void fetch_rows(const T* row, int64_t stride, int64_t rows, int64_t from,
     for (int64_t c = from; c < to; c += kLine<T>) __builtin_prefetch(row + c, write, 2);
 }
 
+template <int count>
+FD_MEMBER void put(float* to, const Vec (&sum)[count]) {
+  for (int n = 0; n < count; ++n) store(to + n * kVec, sum[n]);
+}
+
+#if defined(__AVX512F__)
+FD_BF16 FD_MEMBER void put(uint16_t* to, const Vec (&sum)[2]) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(sum[1].v, sum[0].v));
+}
+#endif
+
 // out = products so far, if there are any, + sums + bias + residual, for a panel.
 template <class T>
 struct Finish {
@@ -38,11 +49,16 @@ struct Finish {
   T* out;
   int64_t stride;
 
-  FD_BF16 FD_MEMBER void operator()(int64_t row, int column, Vec sum) const {
-    if (products) sum = load(products + row * kPanel + column) + sum;
-    sum = sum + bias[column / kVec];
-    if (residual) sum = sum + load(residual + row * residual_stride + column);
-    store(out + row * stride + column, sum);
+  template <int count>
+  FD_BF16 FD_MEMBER void operator()(int64_t row, int column, const Vec (&sums)[count]) const {
+    Vec sum[count];
+    for (int n = 0; n < count; ++n) {
+      const int64_t c = column + n * kVec;
+      sum[n] = products ? load(products + row * kPanel + c) + sums[n] : sums[n];
+      sum[n] = sum[n] + bias[c / kVec];
+      if (residual) sum[n] = sum[n] + load(residual + row * residual_stride + c);
+    }
+    put(out + row * stride + column, sum);
   }
 
   void fetch(int64_t row, int64_t rows) const {
