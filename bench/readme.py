@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fastdiff.precision import bfloat16_pays
 
 from . import drop_in, end_to_end, kernels, networks, peers, runtimes, training
 from .bars import by_row
-from .records import Record
+from .records import PLAIN, Record
+from .runtimes import bf16
 
 README = Path(__file__).parents[1] / "README.md"
 AVX2 = README.parent / "docs" / "avx2.md"
 SLACK = 0.95  # of a printed ratio, which a run may fall to by its noise
+DROP_IN = 'two cores, `python bench/run.py --only "drop in"`'  # the head of a table
 NUMBER = re.compile(r"\d+(\.\d+)?")
 
 
@@ -51,14 +54,19 @@ def _networks() -> Iterator[Cell]:
         for column, provider in enumerate(providers, 2):
             if provider != "ONNX Runtime" or "float32" in label:
                 yield Cell(networks.SECTION, "| `optimize`", label, column, row.title, provider)
-    loop = "8 guided images, DDIM, a step"
-    for column, provider in enumerate(providers, 2):
-        row = end_to_end.CIFAR.title
-        yield Cell(end_to_end.SECTION, "| `optimize`", loop, column, row, provider)
+    lines = ("8 guided images, DDIM, a step", "the shipped model, 16 guided, a step")
+    loops = [*zip(lines, (end_to_end.CIFAR, end_to_end.FASHION), strict=True)]
+    loops.append(("the same, bfloat16", replace(end_to_end.FASHION, dtype=bf16)))
+    for line, loop in loops:
+        for column, provider in enumerate(providers, 2):
+            if provider != "ONNX Runtime" or loop.dtype != bf16:
+                yield Cell(end_to_end.SECTION, "| `optimize`", line, column, loop.title, provider)
+    line = "Stable Diffusion 1.5's network, bfloat16, batch 2 (`--only networks`)"
+    row = networks.STABLE_DIFFUSION.title
+    yield Cell(networks.SECTION, DROP_IN, line, 2, row, runtimes.EAGER.name)
 
 
 def _drop_in() -> Iterator[Cell]:
-    table = 'two cores, `python bench/run.py --only "drop in"`'
     titles = [row.title for row in drop_in.PIPELINES]
     titles += [f"a training step of UNet2DModel, {dtype}" for dtype in ("fp32", "bf16")]
     lines = (
@@ -68,13 +76,13 @@ def _drop_in() -> Iterator[Cell]:
         "the same, bfloat16 autocast",
     )
     for line, title in zip(lines, titles, strict=True):
-        yield Cell(drop_in.SECTION, table, line, 2, title, peers.EAGER)
+        yield Cell(drop_in.SECTION, DROP_IN, line, 2, title, peers.EAGER)
     for line, scheduler in (
         ("DDIMScheduler.step, 1x4x64x64", "DDIMScheduler"),
         ("DPMSolverMultistepScheduler.step", "DPMSolverMultistepScheduler"),
         ("DDPMScheduler.step", "DDPMScheduler"),
     ):
-        yield Cell(drop_in.SECTION, table, line, 2, f"{scheduler}.step", peers.EAGER)
+        yield Cell(drop_in.SECTION, DROP_IN, line, 2, f"{scheduler}.step", peers.EAGER)
 
 
 def _kernels() -> Iterator[Cell]:
@@ -84,10 +92,20 @@ def _kernels() -> Iterator[Cell]:
         ("step as DDIM, guidance fused", "step as DDIM, guided"),
         ("step, learned variance, noise made inside", "step, learned range"),
         ("noising with noise and v-target", "noising, noise made, v"),
+        ("guidance alone", "cfg"),
     ):
-        table = "16x3x256x256, float32"
-        yield Cell(kernels.SECTION, table, line, 3, row, peers.EAGER)
-        yield Cell(kernels.SECTION, table, line, 6, row + kernels.IN_CACHE, peers.EAGER)
+        cell = partial(Cell, kernels.SECTION, "16x3x256x256, float32", line)
+        yield cell(3, row, peers.EAGER)
+        yield cell(4, row, PLAIN)
+        yield cell(6, row + kernels.IN_CACHE, peers.EAGER)
+    for line, row in (
+        ("attention, 16 x 1 head x 256 tokens x 256", "attention, bf16"),
+        ("attention, 2 x 8 x 4096 x 40", "attention, many tokens, bf16"),
+        ("GroupNorm + SiLU, 16x128x32x32 channels-last", "group_norm_silu, bf16"),
+        ("3x3 convolution, 16x128x32x32", "conv3x3, bf16"),
+        ("3x3 convolution, 16x128x32x32, float32", "conv3x3"),
+    ):
+        yield Cell(kernels.SECTION, "a network's layers", line, 2, row, PLAIN)
 
 
 def _training() -> Iterator[Cell]:
