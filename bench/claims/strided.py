@@ -109,16 +109,22 @@ def verdict(many: dict[str, dict[int, Point]], few: dict[str, dict[int, Point]])
 
     first, last = order(many, STEPS[0]), order(few, FULL)
     early = (first[0], first[-1]) == ("eta 0", "sigma-hat")
-    rows = {name: few[name][FULL] for name in last}
-    most, other = rows.pop("sigma-hat"), min(rows.values(), key=lambda p: p["fd"])
-    gap, error = other["fd"] - most["fd"], math.hypot(other["fd_sd"], most["fd_sd"])
+    lead, margin = apart(many[first[0]][STEPS[0]], many[first[1]][STEPS[0]])
+    rival = next(name for name in last if name != "sigma-hat")
+    gap, error = apart(few["sigma-hat"][FULL], few[rival][FULL])
     late = "holds" if gap > 2 * error else "does not hold" if gap < -2 * error else "is undecided"
     return (
-        f"At {STEPS[0]} steps {first[0]} is the best and {first[-1]} the worst: that part "
-        f"**{'holds' if early else 'does not hold'} here**. At {FULL} steps {last[0]} is the best "
-        f"and {last[-1]} the worst, and sigma-hat {abs(gap):.2g} ± {error:.1g} "
-        f"{'below' if gap > 0 else 'above'} the best other: that part **{late} here**."
+        f"At {STEPS[0]} steps {first[0]} is the best, {lead:.2g} ± {margin:.1g} below {first[1]}, "
+        f"and {first[-1]} the worst: that part **{'holds' if early else 'does not hold'} here**. "
+        f"At {FULL} steps {last[0]} is the best and {last[-1]} the worst, and sigma-hat "
+        f"{abs(gap):.2g} ± {error:.1g} {'below' if gap > 0 else 'above'} {rival}: that part "
+        f"**{late} here**."
     )
+
+
+def apart(better: Point, worse: Point) -> tuple[float, float]:
+    """How far a distance is below another, and the standard error of that."""
+    return worse["fd"] - better["fd"], math.hypot(worse["fd_sd"], better["fd_sd"])
 
 
 def draw(points: Mapping[str, Point], figure: Figure) -> None:
