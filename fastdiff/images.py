@@ -24,7 +24,10 @@ def to_uint8(x: Tensor) -> Tensor:
     if x.dtype == torch.uint8:
         return x.cpu()
     if not x.is_floating_point():
-        raise TypeError(f"x: has dtype {x.dtype}, must be floating point in [-1, 1], or uint8")
+        raise TypeError(
+            f"x: has dtype {x.dtype}, must be floating point in [-1, 1], or uint8 in 0 .. 255; "
+            "convert it with .to()"
+        )
     return x.detach().float().cpu().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
