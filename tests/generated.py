@@ -86,26 +86,28 @@ def changed(draw, **odd):
     return {name: draw(odd[name]) for name in chosen}
 
 
-def right(op, inputs, outputs, amplified=1.0):
+def right(op, inputs, outputs, twice_plain=False):
     """Held to the reference in float64, within what the outputs' dtype can say.
 
-    `amplified`: how many times larger than its inputs' rounding an output's error may be.
+    `twice_plain`: or within twice the error of plain PyTorch in that dtype, if that is more.
     """
     wide = [
         x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs
     ]
-    for out, wanted in zip(outputs, OPS[op].reference(*wide)[: len(outputs)], strict=True):
-        assert out.shape == wanted.shape
-        wanted = wanted.to(out.dtype) if out.dtype in MODEL_DTYPES else wanted
+    truths, plains = (OPS[op].reference(*given)[: len(outputs)] for given in (wide, inputs))
+    for out, truth, plain in zip(outputs, truths, plains, strict=True):
+        assert out.shape == truth.shape
+        wanted = truth.to(out.dtype) if out.dtype in MODEL_DTYPES else truth
         eps = torch.finfo(out.dtype).eps
         largest = max((x.abs().max().item() for x in wide if torch.is_tensor(x) and x.numel()
                        and x.is_floating_point()), default=0.0)  # fmt: skip
         if math.isfinite(largest) and largest < 1e4:
+            off = (plain.double() - truth.double()).abs().max().item() if out.numel() else 0.0
             torch.testing.assert_close(
                 out.double(),
                 wanted.double(),
                 rtol=8 * eps,
-                atol=8 * eps * (1 + largest) ** 2 * amplified,
+                atol=max(8 * eps * (1 + largest) ** 2, 2 * off if twice_plain else 0.0),
                 equal_nan=True,
             )
 
