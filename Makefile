@@ -15,9 +15,10 @@ test: .venv/ready
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # generated input, ten thousand examples a call (networks and commands a quarter); and every case of
-# every Triton kernel compiled for every target, small ones too
+# every kernel for GPUs compiled for every target
 nightly: .venv/ready
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_bad_*.py tests/test_aot.py
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/test_bad_*.py tests/test_aot.py \
+		tests/test_cuda.py
 
 bench: .venv/ready
 	$(BIN)/python bench/run.py --steps 50

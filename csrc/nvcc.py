@@ -46,15 +46,20 @@ def targets() -> list[str]:
     return [f"sm_{n}" for n in numbers if n >= OLDEST]
 
 
-def gencode() -> str:
-    """Flags for all GPUs: the first target of each generation, since its code runs on those after
-    it in the generation, and for generations to come the newest in a form that drivers compile."""
+def shipped() -> list[str]:
+    """The first target of each generation: its code runs on those after it in the generation."""
     first: dict[str, str] = {}
     for target in targets():
-        first.setdefault(target[:-1], target[3:])
-    code = [f"-gencode arch=compute_{n},code=sm_{n}" for n in first.values()]
-    newest = list(first.values())[-1]
-    return " ".join([*code, f"-gencode arch=compute_{newest},code=compute_{newest}"])
+        first.setdefault(target[:-1], target)
+    return list(first.values())
+
+
+def gencode() -> str:
+    """Flags for all GPUs: what is shipped, and for generations to come the newest in a form that
+    drivers compile."""
+    numbers = [target[3:] for target in shipped()]
+    code = [f"-gencode arch=compute_{n},code=sm_{n}" for n in numbers]
+    return " ".join([*code, f"-gencode arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"])
 
 
 def cubin(source: Path, target: str, output: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CASES, inputs_of
+from helpers import CASES, NIGHTLY, inputs_of
 
 import fastdiff
 from fastdiff import op as ops_module
@@ -328,9 +328,15 @@ def test_the_built_module_says_what_it_lacks_here(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def targets():
+    """Those that are shipped; nightly, every one."""
+    return nvcc.targets() if NIGHTLY else nvcc.shipped()
+
+
+@pytest.fixture(scope="module")
+def compiled(targets, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cubins")
-    return nvcc.usage(folder=folder), folder
+    return nvcc.usage(targets, folder), folder
 
 
 @needs_nvcc
@@ -339,14 +345,15 @@ def test_targets_are_of_every_generation():
     real = re.findall(r"code=sm_(\d+)", nvcc.gencode())
     assert len({n[:-1] for n in real}) == len(real) and set(real) <= {t[3:] for t in nvcc.targets()}
     assert {t[3:-1] for t in nvcc.targets()} == {n[:-1] for n in real}
+    assert nvcc.shipped() == [f"sm_{n}" for n in real]
     assert f"code=compute_{real[-1]}" in nvcc.gencode()
 
 
 @needs_nvcc
-def test_kernels_keep_everything_in_registers(compiled):
+def test_kernels_keep_everything_in_registers(compiled, targets):
     rows, _ = compiled
-    assert {row.target for row in rows} == set(nvcc.targets())
-    assert len(rows) == len(nvcc.targets()) * 16
+    assert {row.target for row in rows} == set(targets)
+    assert len(rows) == len(targets) * 16
     for row in rows:
         assert row.spills == 0, row
         assert row.shared == (14336 if re.match("map|moments", row.kernel) else 0), row
@@ -370,7 +377,7 @@ WIDE = {
 
 
 @needs_nvcc
-def test_memory_is_moved_128_bits_at_a_time(compiled):
+def test_memory_is_moved_128_bits_at_a_time(compiled, targets):
     """In every kernel but those that walk along strides."""
     knobs = pytest.importorskip("triton").knobs
     _, folder = compiled
@@ -382,7 +389,7 @@ def test_memory_is_moved_128_bits_at_a_time(compiled):
             wide = re.findall(r"(LDG|STG)\.E\.128", function)
             name, target = nvcc._name(function.split()[0]), cubin.suffixes[0][1:]
             found[name, target] = wide.count("LDG"), wide.count("STG")
-    for target in nvcc.targets():
+    for target in targets:
         for name, (loads, stores) in WIDE.items():
             have = found[name, target]
             assert have[0] >= loads and have[1] >= stores, (name, target, have)
