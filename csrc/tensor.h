@@ -15,6 +15,7 @@
 #define FD_MEMBER inline __attribute__((always_inline))
 #endif
 #define FD_HOST_DEVICE static FD_MEMBER
+#define FD_NOINLINE inline __attribute__((noinline))  // where a copy for each caller gains nothing
 
 #define FD_PRAGMA(text) _Pragma(#text)
 #if defined(__CUDACC__) || defined(__HIPCC__) || defined(__clang__)

@@ -45,9 +45,8 @@ constexpr float kOnes[8] = {1, 1, 1, 1, 1, 1, 1, 1};
 // c[8][16 vectors] = a[8][depth] b, to which scale[row] c is added where there is a scale. b is
 // packed: [depth][columns], or for bfloat16 [depth / 2][columns][2].
 template <int vectors>
-inline __attribute__((noinline)) void multiply(const float* a, int64_t stride, const float* b,
-                                               int64_t depth, float* c, int64_t c_stride,
-                                               const float* scale) {
+FD_NOINLINE void multiply(const float* a, int64_t stride, const float* b, int64_t depth, float* c,
+                          int64_t c_stride, const float* scale) {
   for (int64_t first = 0; first < depth; first += kTerms, scale = kOnes) {
     const int64_t end = first + kTerms < depth ? first + kTerms : depth;
     __m512 sum[8][vectors];
@@ -68,9 +67,8 @@ inline __attribute__((noinline)) void multiply(const float* a, int64_t stride, c
 }
 
 template <int vectors>
-FD_BF16 inline __attribute__((noinline)) void multiply(const uint16_t* a, int64_t stride,
-                                                       const uint16_t* b, int64_t depth, float* c,
-                                                       int64_t c_stride, const float* scale) {
+FD_BF16 FD_NOINLINE void multiply(const uint16_t* a, int64_t stride, const uint16_t* b,
+                                  int64_t depth, float* c, int64_t c_stride, const float* scale) {
   __m512 sum[8][vectors];
   for (auto& row : sum)
     for (auto& s : row) s = _mm512_setzero_ps();

@@ -38,7 +38,7 @@ struct Rows {
 
 // sums[c] and squares[c] of the distances of column c from shift[c].
 template <class Type>
-inline __attribute__((noinline)) void moments_of(const Rows<Type>& x, const float* shift, float* sums, float* squares) {
+FD_NOINLINE void moments_of(const Rows<Type>& x, const float* shift, float* sums, float* squares) {
 #if defined(__AVX512F__)
   if constexpr (!std::is_same_v<Type, F16>)
     return pieces_moments(x.at, x.stride, x.count, x.width, shift, sums, squares);
@@ -66,8 +66,8 @@ inline bool writes_pieces() {
 
 // out = a x + b, and SiLU of it.
 template <class Type, bool with_silu>
-inline __attribute__((noinline)) void map_rows(const Rows<Type>& x, typename Type::T* out, int64_t stride, const float* a,
-                     const float* b) {
+FD_NOINLINE void map_rows(const Rows<Type>& x, typename Type::T* out, int64_t stride,
+                          const float* a, const float* b) {
 #if defined(__AVX512F__)
   if constexpr (!std::is_same_v<Type, F16>)
     if (writes_pieces<Type>())

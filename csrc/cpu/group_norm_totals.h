@@ -18,9 +18,8 @@ inline void decode(const Operand& o, int64_t sample, int64_t channel, int64_t wi
   for (int64_t c = 0; c < width; ++c) to[c] = Type::decode(from[(channel + c) * o.stride[1]]);
 }
 
-inline __attribute__((noinline)) void decode(const Operand& o, int64_t sample, int64_t channel,
-                                             int64_t width, float absent,
-                   float* to) {
+FD_NOINLINE void decode(const Operand& o, int64_t sample, int64_t channel, int64_t width,
+                        float absent, float* to) {
   if (!o.data)
     std::fill_n(to, width, absent);
   else if (o.dtype == DType::f32)

@@ -39,8 +39,7 @@ FD_HOST_DEVICE void make_words(const Stream& stream, int64_t first, int count, W
 }
 
 // Standard normals of elements first to first + count of the sample: an address within `out`.
-inline __attribute__((noinline)) const float* make_noise(const Stream& stream, int64_t first,
-                                                         int count, float* out) {
+FD_NOINLINE const float* make_noise(const Stream& stream, int64_t first, int count, float* out) {
   Words words;
   make_words(stream, first, count, words);
   const int pairs = words.pairs;
@@ -54,8 +53,7 @@ inline __attribute__((noinline)) const float* make_noise(const Stream& stream, i
 }
 
 // Likewise their words, as floats of the same bits.
-inline __attribute__((noinline)) const float* make_bits(const Stream& stream, int64_t first,
-                                                        int count, float* out) {
+FD_NOINLINE const float* make_bits(const Stream& stream, int64_t first, int count, float* out) {
   Words words;
   make_words(stream, first, count, words);
   for (int i = 0; i < words.pairs; ++i) {

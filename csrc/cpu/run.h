@@ -76,8 +76,7 @@ inline float* in_place(const Operand& o, const Size& size, const Run& run) {
 }
 
 // The run's values: in place, or in the buffer; null if the operand is absent.
-inline __attribute__((noinline)) const float* read(const Operand& o, const Size& size,
-                                                   const Run& run, Buffer& buffer) {
+FD_NOINLINE const float* read(const Operand& o, const Size& size, const Run& run, Buffer& buffer) {
   if (!o.data) return nullptr;
   if (const float* values = in_place(o, size, run)) return values;
   if (o.dtype == DType::bf16)
@@ -96,8 +95,7 @@ inline float* place(const Operand& o, const Size& size, const Run& run, Buffer& 
 }
 
 // Brings values to the operand, unless they are in place or it is absent.
-inline __attribute__((noinline)) void write(const Operand& o, const Size& size, const Run& run,
-                                            const float* values) {
+FD_NOINLINE void write(const Operand& o, const Size& size, const Run& run, const float* values) {
   if (!o.data || values == in_place(o, size, run)) return;
   if (o.dtype == DType::bf16)
     scatter<uint16_t, to_bf16>(o, size, run, values);
