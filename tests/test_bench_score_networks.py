@@ -1,12 +1,17 @@
 """The claim about score networks: its exact scores are right, and its errors are zero for them."""
 
+import base64
+import io
+
 import benches  # noqa: F401, which sets the path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bench.claims import score_networks as claim
-from fastdiff import NoiseSchedule
+from bench.claims.quality import Quality
+from fastdiff import DDIMSampler, NoiseSchedule
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.7, 20.0])
@@ -39,3 +44,12 @@ def test_levels_are_the_nearest():
     levels = (schedule.sigma / schedule.alpha)[found]
     assert len(found) == 10
     np.testing.assert_allclose(levels, np.geomspace(2.0, 0.02, 10), rtol=0.1)
+
+
+def test_images_are_of_every_seed_and_their_errors_are_told():
+    """Of a network that says noise is all there is: each seed's images are its own noise."""
+    sampler = DDIMSampler(NoiseSchedule.cosine(100), 2, spacing="trailing")
+    point = claim.drawn(Quality(40), lambda x, t: 0.1 * x, sampler, range(2))
+    assert point["fd"] > 10 and 0 < point["fd_sd"] < point["fd"]
+    assert point["evaluations"] == 2
+    assert Image.open(io.BytesIO(base64.b64decode(point["picture"]))).size[0] > 6 * 32
