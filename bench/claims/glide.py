@@ -16,6 +16,7 @@ if __name__ == "__main__":
 import torch
 from matplotlib import image
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -253,8 +254,8 @@ def verdict(lost: int, won: int) -> str:
 
 
 def draw(found: Mapping[str, Point], figure: Figure) -> None:
-    figure.set_size_inches(9, 7.4)
-    above, below = figure.subfigures(2, 1, height_ratios=(4, 3.4))
+    figure.set_size_inches(9, 6.4)
+    above, below = figure.subfigures(2, 1, height_ratios=(4, 2.4))
     left, right = above.subplots(1, 2)
     for kind, colour in COLOURS.items():
         rows = curve(found, kind)
@@ -270,6 +271,9 @@ def draw(found: Mapping[str, Point], figure: Figure) -> None:
                 fontsize=7, color=colour,
             )  # fmt: skip
     left.set(xscale="log", xlabel="Fréchet distance", ylabel="agree with the caption in all")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    left.xaxis.set_minor_formatter("{x:g}")
     right.set(xlabel="recall", ylabel="precision")
     left.legend(fontsize=8)
     for axes in (left, right):
