@@ -265,8 +265,8 @@ def table(points: Mapping[str, Point]) -> list[str]:
         "the data and in the square further than 3 from both means, of the noisiest where chains "
         "start.",
         "",
-        "Images are unconditional, of one seed where no error is given; FD of so few has a bias, the "
-        "same for all.",
+        "Images are unconditional, of one seed where no error is given; FD of so few has a bias, "
+        "the same for all.",
         "",
         "| images | evaluations | FD | precision | recall |",
         "|---|---:|---:|---:|---:|",
