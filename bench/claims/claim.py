@@ -136,9 +136,8 @@ class Claim:
         lines = ["", f"## {self.title}", "", self.says, ""]
         given = {"images": self.images, "seeds": self.seeds}
         odd = [f" --{key} {facts[key]}" for key, usual in given.items() if facts[key] != usual]
-        sets = f"{facts['sets']} sets of " if "sets" in facts else ""  # whose spread is the error
         lines += [
-            f"`python bench/claims/{self.name}.py{''.join(odd)}`: {sets}{facts['images']:,} images "
+            f"`python bench/claims/{self.name}.py{''.join(odd)}`: {facts['images']:,} images "
             f"of {facts['seeds']} seed{'s' if facts['seeds'] > 1 else ''}, {minutes:.0f} minutes "
             f"on {threads} thread{'s' if threads > 1 else ''}.",
             "",
