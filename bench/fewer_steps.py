@@ -32,7 +32,7 @@ from fastdiff.draw import draw_batches
 from fastdiff.evaluate import balanced, describe, framed, frechet_distance, load_classifier
 from fastdiff.files import make_folder, write_bytes
 from fastdiff.models import UNet
-from fastdiff.samplers import Sampler
+from fastdiff.sampler import Sampler
 
 DOCS = Path(__file__).parents[1] / "docs"
 STEPS = (1, 2, 4, 8, 16, 32, 64)

@@ -15,14 +15,8 @@ from .losses import DiffusionLoss
 from .models import UNet, UNetConfig
 from .op import backend
 from .patch import patch, unpatch
-from .samplers import (
-    DDIMSampler,
-    DDPMSampler,
-    DPMSolverSampler,
-    HeunSampler,
-    LangevinSampler,
-    Sampler,
-)
+from .sampler import Sampler
+from .samplers import DDIMSampler, DDPMSampler, DPMSolverSampler, HeunSampler, LangevinSampler
 from .schedule import NoiseSchedule
 from .table import Table
 from .train import TrainConfig, Trainer

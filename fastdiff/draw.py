@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from .images import to_uint8
 from .rollout import Model
-from .samplers import Sampler
+from .sampler import Sampler
 
 
 def draw_batches(

@@ -19,7 +19,7 @@ from .draw import draw_batches
 from .engine.tune import measured, recall
 from .files import write_bytes
 from .rollout import Model
-from .samplers import Sampler
+from .sampler import Sampler
 from .store import Store
 from .table import ARRAYS
 from .train.distributed import World

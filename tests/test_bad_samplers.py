@@ -58,6 +58,7 @@ def x0_model(x, t, cond=None):
     return torch.full_like(x, 0.25)
 
 
+@pytest.mark.filterwarnings("ignore:step_size")
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_samplers_end_at_the_image_that_the_model_knows(kind):
     @generated
@@ -71,6 +72,8 @@ def test_samplers_end_at_the_image_that_the_model_knows(kind):
         sampler = refused_clearly(lambda: kind(**given), *given, *COLUMNS, "timesteps")
         if sampler is None or sampler.table.classifier or given["prediction"] != "x0":
             return
+        if kind is LangevinSampler and sampler.table.a.min() <= -1:
+            return  # warned of: it diverges
         x = sampler.sample(x0_model, (2, 1, 4))
         wanted = min(0.25, given.get("clip") or math.inf)
         assert x.dtype == torch.float32 and x.shape == (2, 1, 4)

@@ -129,6 +129,7 @@ further = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:step_size")
 @pytest.mark.parametrize("solver", further)
 def test_builders(solver):
     @generated

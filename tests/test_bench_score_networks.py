@@ -53,3 +53,12 @@ def test_images_are_of_every_seed_and_their_errors_are_told():
     assert point["fd"] > 10 and 0 < point["fd_sd"] < point["fd"]
     assert point["evaluations"] == 2
     assert Image.open(io.BytesIO(base64.b64decode(point["picture"]))).size[0] > 6 * 32
+
+
+@pytest.mark.filterwarnings("ignore:step_size=0.05")
+def test_at_one_level_chains_end_at_the_nearest_mode(monkeypatch):
+    """Started evenly in the square, half of them are nearer to the small one."""
+    monkeypatch.setattr(claim, "CHAINS", 300)
+    point = claim.two_dimensions("exact", False, [0])
+    assert point["weight"] == pytest.approx(0.5, abs=0.1) and point["between"] == 0
+    assert point["weight_sd"] == 0 and len(point["chains"]) == 300

@@ -23,7 +23,7 @@ from fastdiff import (
     graph,
     tables,
 )
-from fastdiff.samplers import Sampler
+from fastdiff.sampler import Sampler
 
 schedule = NoiseSchedule.cosine(1000)
 SHAPE = (2, 3, 5, 6)

@@ -22,7 +22,7 @@ from fastdiff import (
     UNet,
     UNetConfig,
     ops,
-    samplers,
+    sampler,
 )
 from fastdiff.integrations import diffusers
 from fastdiff.losses import DiffusionLoss
@@ -79,7 +79,7 @@ def place(request):
     with FakeTensorMode() if fake else nullcontext():
         device = torch.device("cpu" if request.param == "cpu" else "cuda:0")
         yield device, Debugged() if request.param == "cuda" else NoWaiting()
-    samplers._streams.cache_clear()  # they may be fake
+    sampler._streams.cache_clear()  # they may be fake
 
 
 def schedule():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import numpy as np
 import oracles
@@ -369,6 +370,17 @@ def test_bad_requests_name_the_argument() -> None:
         tables.heun(COSINE, good, S_churn=-1)
     with pytest.raises(ValueError, match="step_size=0"):
         tables.langevin(COSINE, good, step_size=0)
+
+
+def test_a_step_of_langevin_too_large_for_constant_data_is_warned_of() -> None:
+    bound = 2 * COSINE.sigma[0] ** 2
+    with pytest.warns(UserWarning, match="stay below"):
+        found = tables.langevin(COSINE, [9, 0], step_size=1.01 * bound)
+    assert (np.abs(found.a[:-1]) > 1).all()  # of a constant x0 the distance grows each row
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = tables.langevin(COSINE, [9, 0], step_size=0.99 * bound)
+    assert (np.abs(found.a[:-1]) < 1).all()
 
 
 def test_a_register_is_kept_only_where_a_later_row_reads_it() -> None:

@@ -37,7 +37,7 @@ from fastdiff.data import fashion_mnist
 from fastdiff.draw import draw_batches
 from fastdiff.images import grid
 from fastdiff.losses import denoising_score_matching, sliced_score_matching
-from fastdiff.samplers import Sampler
+from fastdiff.sampler import Sampler
 
 # Two dimensions: the mixture of Song & Ermon 2019, section 3.2.
 MEANS, SMALL = torch.tensor([[-5.0, -5.0], [5.0, 5.0]]), 0.2

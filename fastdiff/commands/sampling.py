@@ -11,6 +11,7 @@ from .. import samplers
 from ..checkpoint import ASSETS, load
 from ..engine import optimize
 from ..models import UNet
+from ..sampler import Sampler
 from .device import add_device
 
 SHIPPED = "fashion-mnist"
@@ -48,7 +49,7 @@ def model_of(args: argparse.Namespace) -> UNet:
     return load(args.model).to(args.device)
 
 
-def sampler_of(args: argparse.Namespace, model: UNet) -> samplers.Sampler:
+def sampler_of(args: argparse.Namespace, model: UNet) -> Sampler:
     """The sampler that the arguments ask for; a student's own where they ask for none."""
     spacing, made, clip = args.spacing or "trailing", model.distilled, 1.0
     if made is not None and args.sampler == "ddim" and not args.spacing:
