@@ -24,7 +24,7 @@ from fastdiff.draw import draw_batches
 FULL = 1000
 BATCH = 400  # images at a time: all that a seed has of 2,000
 STEPS = (10, 20, 50, 100, FULL)
-FEWER = 10  # times fewer images where all steps are taken
+FEWER = 2  # times fewer images where all steps are taken
 ETAS: dict[str, Any] = {
     **{f"eta {eta:g}": partial(DDIMSampler, eta=eta) for eta in (0.0, 0.2, 0.5, 1.0)},
     "sigma-hat": partial(DDPMSampler, variance="large"),
