@@ -3,8 +3,8 @@
 setup.py uses it for the extension modules; `python csrc/ninja_build.py FOLDER` builds and runs the
 plain C++ tests in FOLDER, with the address and undefined-behaviour sanitizers, or with that of
 threads (`FOLDER thread`). Needs no torch. The CUDA kernels are compiled twice: by nvcc, and for the
-emulator of csrc/tests by the C++ compiler. The tests of AVX-512's run on machines without it, too:
-another emulator there stands for its instructions.
+emulator of csrc/tests by the C++ compiler. What checks AVX-512's kernels runs on machines without
+it, too: another emulator there stands for its instructions.
 """
 
 from __future__ import annotations
@@ -76,8 +76,21 @@ def _path(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _kernels(isas: dict[str, str] = ISAS, chooser: str = "") -> Iterator[Edge]:
-    """Every file of csrc/cpu, once for each instruction set; and once the one that chooses."""
+def _lacks_avx512() -> bool:
+    """Whether this machine has AVX2 and no AVX-512, if Linux tells."""
+    told = Path("/proc/cpuinfo")
+    flags = told.read_text().split() if told.is_file() else []
+    return "avx2" in flags and "avx512bw" not in flags
+
+
+def _kernels(checked: bool = False) -> Iterator[Edge]:
+    """Every file of csrc/cpu, once for each instruction set; and once the one that chooses.
+
+    Those that are only to be checked run everywhere: AVX-512's in the emulator where it lacks.
+    """
+    isas, chooser = ISAS, ""
+    if checked and _lacks_avx512():
+        isas, chooser = ISAS | {"avx512": EMULATED_AVX512}, EMULATED_AVX512
     for source in sorted((CSRC / "cpu").glob("*.cpp")):
         each = {"any": chooser} if source.stem == "isa" else isas
         for isa, flags in each.items():
@@ -113,13 +126,14 @@ def extension(
     """Build the extension module `name`, _C or _cuda, as the file `output`; objects in `folder`.
 
     `emulated` builds _cuda for the emulator, which runs it on the CPU; `sanitized` with the address
-    and undefined-behaviour sanitizers, whose runtime the process must have loaded first.
+    and undefined-behaviour sanitizers, whose runtime the process must have loaded first, and with
+    AVX-512's instructions emulated where the machine lacks them.
     """
     include = " ".join(f"-I{shlex.quote(i)}" for i in includes).replace("$", "$$")
     undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
     link = ("link", f"-shared {undefined}")
     if name == "_C":
-        edges = [*_kernels(), ("cxx", "bind.o", _path(CSRC / "bind.cpp"), include)]
+        edges = [*_kernels(checked=sanitized), ("cxx", "bind.o", _path(CSRC / "bind.cpp"), include)]
     else:
         edges = [("cxx", "bind.o", _path(CSRC / "cuda" / "bind.cpp"), include)]
         if emulated:
@@ -135,20 +149,10 @@ def extension(
     _run_ninja(folder, f"-O1 -g1 {SANITIZERS['address']}" if sanitized else flags, edges)
 
 
-def _lacks_avx512() -> bool:
-    """Whether this machine has AVX2 and no AVX-512, if Linux tells."""
-    told = Path("/proc/cpuinfo")
-    flags = told.read_text().split() if told.is_file() else []
-    return "avx2" in flags and "avx512bw" not in flags
-
-
 def test(folder: Path, sanitizer: str = "address") -> int:
     """Build and run the C++ tests under a sanitizer; warnings are errors. The exit status."""
     tests = sorted((CSRC / "tests").glob("*.cpp"))
-    kernels = _kernels()
-    if _lacks_avx512():
-        kernels = _kernels(ISAS | {"avx512": EMULATED_AVX512}, EMULATED_AVX512)
-    edges = [*kernels, *_emulated(CSRC / "tests" / "emulator" / "barrier.cu")]
+    edges = [*_kernels(checked=True), *_emulated(CSRC / "tests" / "emulator" / "barrier.cu")]
     edges += [("cxx", f"test_{s.stem}.o", _path(s), "") for s in tests]
     link, flags = "-fopenmp", SANITIZERS[sanitizer]
     if sanitizer == "thread":
