@@ -86,7 +86,7 @@ def _lacks_avx512() -> bool:
 def _kernels(checked: bool = False) -> Iterator[Edge]:
     """Every file of csrc/cpu, once for each instruction set; and once the one that chooses.
 
-    Those that are only to be checked run everywhere: AVX-512's in the emulator where it lacks.
+    What is only checked runs everywhere: AVX-512's in the emulator where the machine lacks it.
     """
     isas, chooser = ISAS, ""
     if checked and _lacks_avx512():
