@@ -107,6 +107,37 @@ def test_quality_knows_real_images_from_noise():
     assert alike["fd"] == judge.of(real.images[order])["fd"]
 
 
+@needs_data
+def test_a_stopped_point_draws_no_seed_again(tmp_path):
+    path, drawn, stop = tmp_path / "x.json", [], [True]
+    noise = {seed: torch.randint(256, (50, 1, 32, 32), dtype=torch.uint8) for seed in (3, 4)}
+
+    def draw(seed, labels, count):
+        assert len(labels) == count == 50
+        if seed == 4 and stop.pop():
+            stop.append(False)
+            raise KeyboardInterrupt
+        drawn.append(seed)
+        return noise[seed]
+
+    judge = quality.quality(100)
+    with pytest.raises(KeyboardInterrupt):
+        judge.measure(Points(path, FACTS), "of a/b", [3, 4], draw, steps=7)
+    (kept,) = tmp_path.rglob("*.safetensors")
+    images, _ = quality.read_tensors(kept, stamped=True)
+    quality.write_tensors(kept, images, {"seconds": "60.0"})
+    points = Points(path, FACTS)
+    judge.measure(points, "of a/b", [3, 4], draw, steps=7)
+    found = points.found["of a/b"]
+    assert drawn == [3, 4] and found["steps"] == 7 and 60 < found["seconds"] < 120
+    expected = judge.over([3, 4], lambda seed, *_: noise[seed])
+    assert {key: found[key] for key in expected} == expected
+    assert not list(tmp_path.rglob("*.safetensors"))
+    judge.measure(points, "of a/b", [3, 4], draw, steps=7)
+    points.finish()
+    assert drawn == [3, 4] and [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
 def test_the_jackknife_of_a_mean_is_its_standard_error():
     sets = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     without = [(sets.sum() - part.sum()).item() / 160 for part in sets]

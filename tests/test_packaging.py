@@ -17,6 +17,7 @@ import fastdiff
 ROOT = Path(__file__).parents[1]
 UNSHIPPED = {".ci/run", ".gitignore"}
 JUNK = ["bench/results/a.json", "build/a.o", "dist/a.whl", "fastdiff/_C.so", "runs/a.png", "a.png"]
+JUNK += ["docs/results/a.unfinished/a.safetensors"]
 JUNK += ["fastdiff/__pycache__/a.pyc", "kernels/__pycache__/a.pyc", ".venv/a.py", ".hypothesis/a"]
 
 USE = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,12 +38,14 @@ Point = dict[str, Any]
 class Points:
     """The measured points of a claim, in a file; until all are there, in one beside it.
 
-    So what is measured anew, with other facts, replaces what was only when it is finished.
+    So what is measured anew, with other facts, replaces what was only when it is finished. `sets`
+    is a folder for images of points that are not.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         self.path, self.facts = path, dict(facts)
         self.unfinished = path.with_suffix(".unfinished.json")
+        self.sets = path.with_suffix(".unfinished")
         self.found: dict[str, Point] = {}
         if self.unfinished.is_file():
             record = json.loads(self.unfinished.read_text())
@@ -55,12 +58,16 @@ class Points:
             self.found = record["points"]
 
     def measure(self, name: str, measured: Callable[[], Point]) -> Point:
-        """The point of that name: from the file, or measured now and written there."""
+        """The point of that name: from the file, or measured now and written there.
+
+        "earlier" in what is measured are seconds that were spent on it before.
+        """
         if name not in self.found:
             print(f"{name} ..", flush=True)
             start = time.perf_counter()
             point = measured()
-            self.found[name] = {**point, "seconds": round(time.perf_counter() - start, 1)}
+            seconds = point.pop("earlier", 0.0) + time.perf_counter() - start
+            self.found[name] = {**point, "seconds": round(seconds, 1)}
             self._write()
             shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in point.items()}
             print(f"{name}: {shown}", flush=True)
@@ -70,6 +77,7 @@ class Points:
         """Say that all are there: only then is the claim's part of the page written of them."""
         if self.unfinished.is_file():
             self.unfinished.replace(self.path)
+        shutil.rmtree(self.sets, ignore_errors=True)
 
     def _write(self) -> None:
         """As JSON, a line a point."""

@@ -177,10 +177,13 @@ def measure(points: Points, count: int, seeds: Sequence[int]) -> None:
             images.append(to_uint8(x))
         return torch.cat(images)
 
-    def point(kind: str, weight: float) -> Point:
-        tokens = dict(zip(seeds, judge.tokens.chunk(len(seeds)), strict=True))
-        found = judge.over(seeds, lambda seed, *_: drawn(tokens[seed], kind, weight, seed))
-        return {"kind": kind, "weight": weight, **found}
+    told = dict(zip(seeds, judge.tokens.chunk(len(seeds)), strict=True))
+
+    def point(name: str, kind: str, weight: float) -> None:
+        def draw(seed: int, _: Tensor, count: int) -> Tensor:
+            return drawn(told[seed], kind, weight, seed)
+
+        judge.measure(points, name, seeds, draw, kind=kind, weight=weight)
 
     def picture(kind: str, weight: float) -> Point:
         """A row of images a seed, a column a caption."""
@@ -189,10 +192,10 @@ def measure(points: Points, count: int, seeds: Sequence[int]) -> None:
         grid(torch.cat(rows), columns=len(SHOWN)).save(written, "PNG")
         return {"picture": base64.b64encode(written.getvalue()).decode()}
 
-    points.measure(NONE, lambda: point(NONE, 0.0))
+    point(NONE, NONE, 0.0)
     for kind, weights in WEIGHTS.items():
         for weight in weights:
-            points.measure(f"{kind} {weight:g}", lambda k=kind, w=weight: point(k, w))
+            point(f"{kind} {weight:g}", kind, weight)
     for kind, weight in PICTURED.items():
         points.measure(f"picture, {kind}", lambda k=kind, w=weight: picture(k, w))
 

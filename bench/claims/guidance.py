@@ -79,12 +79,8 @@ def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
     for kind in KINDS:
         for weight in kind.weights:
             draw = partial(drawn, network, kind, weight)
-            points.measure(
-                f"{kind.name}, {weight:g}",
-                lambda kind=kind, weight=weight, draw=draw: {
-                    "kind": kind.name, "weight": weight, **judge.over(seeds, draw),
-                },
-            )  # fmt: skip
+            name = f"{kind.name}, {weight:g}"
+            judge.measure(points, name, seeds, draw, kind=kind.name, weight=weight)
 
 
 def drawn(network: Any, kind: Kind, weight: float, seed: int, labels: Tensor, _: int) -> Tensor:

@@ -62,10 +62,7 @@ def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
             for steps in (*STEPS, FULL):
                 count = images if steps < FULL else images // FEWER
                 draw = partial(drawn, schedule, variance, steps)
-                points.measure(
-                    f"{schedule}, {name}, {steps} steps",
-                    lambda draw=draw, count=count: quality(count).over(seeds, draw),
-                )
+                quality(count).measure(points, f"{schedule}, {name}, {steps} steps", seeds, draw)
             points.measure(f"{schedule}, {name}: bits", partial(bits, schedule, variance))
     for objective in OBJECTIVES:
         points.measure(f"{objective}: curve", partial(curve, objective))
@@ -74,7 +71,7 @@ def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
     for objective, how in OBJECTIVES.items():
         variance = "small" if how["weighting"] == "simple" else "learned_range"
         draw = partial(drawn, "cosine", variance, STEPS[1], objective=objective)
-        points.measure(f"{objective}: samples", lambda draw=draw: quality(images).over(seeds, draw))
+        quality(images).measure(points, f"{objective}: samples", seeds, draw)
 
 
 def drawn(

@@ -85,11 +85,11 @@ def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
     for name, how in GUIDANCE.items():
         net, told = how(network(), ddim())
         draw = partial(drawn, net, ddim(), told)
-        points.measure(name, lambda draw=draw: held.over(seeds, draw))
+        held.measure(points, name, seeds, draw)
     for steps in FEW:
         for spacing in SPACINGS:
             draw = partial(drawn, network(), ddim(steps, spacing), {"guidance": 0.0})
-            points.measure(f"{spacing}, {steps} steps", lambda draw=draw: held.over(seeds, draw))
+            held.measure(points, f"{spacing}, {steps} steps", seeds, draw)
     for times in RESAMPLINGS:
         points.measure(f"inpainting, {times}", lambda times=times: inpainted(times, images // 10))
     for strength in STRENGTHS:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.claims.claim import Point, jackknifed
+from bench.claims.claim import Point, Points, jackknifed
 from fastdiff.data import fashion_mnist
 from fastdiff.evaluate import (
     balanced,
@@ -18,6 +21,7 @@ from fastdiff.evaluate import (
     load_classifier,
     precision_recall,
 )
+from fastdiff.files import make_folder, read_tensors, write_tensors
 
 Part = tuple[Tensor, dict[str, Tensor]]  # features [n, D], and what is right of each image
 Draw = Callable[[int, Tensor, int], Tensor]  # (seed, labels [n], n) -> uint8 [n, 1, H, W]
@@ -58,6 +62,36 @@ class Quality:
         for key, value in whole.items():
             point[key], point[f"{key}_sd"] = jackknifed(value, [row[key] for row in without])
         return point
+
+    def measure(
+        self, points: Points, name: str, seeds: Sequence[int], draw: Draw, **facts: Any
+    ) -> None:
+        """Measure the point of that name: `over` the seeds, and facts.
+
+        Each seed's images are kept until the point is measured: a stopped script draws none again.
+        """
+        folder = points.sets / name.replace("/", "-")
+        earlier = 0.0
+
+        def kept(seed: int, labels: Tensor, count: int) -> Tensor:
+            nonlocal earlier
+            path = folder / f"{count} of seed {seed}.safetensors"
+            if path.is_file():
+                tensors, said = read_tensors(path, stamped=True)
+                earlier += float(said["seconds"])
+                return tensors["images"]
+            start = time.perf_counter()
+            images = draw(seed, labels, count)
+            make_folder(folder)
+            spent = time.perf_counter() - start
+            write_tensors(path, {"images": images}, {"seconds": f"{spent:.1f}"})
+            return images
+
+        def measured() -> Point:
+            return {**facts, **self.over(seeds, kept), "earlier": earlier}
+
+        points.measure(name, measured)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def hits(self, images: Tensor, classes: Tensor, first: int) -> dict[str, Tensor]:
         """What may be right of each of images `first`, ..; `classes` is what they show."""

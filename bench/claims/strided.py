@@ -47,14 +47,15 @@ def measure(points: Points, images: int, seeds: Sequence[int]) -> None:
         counts = [images] if steps < 100 else [images, images // FEWER]
         for count in counts if steps < FULL else counts[1:]:
             for name, kind in ETAS.items():
-                draw = partial(drawn, network, kind, steps)
-                points.measure(
+                quality(count).measure(
+                    points,
                     f"{name}, {steps} steps, {count} images",
-                    lambda name=name, steps=steps, count=count, draw=draw: {
-                        "kind": name, "steps": steps, "count": count,
-                        **quality(count).over(seeds, draw),
-                    },
-                )  # fmt: skip
+                    seeds,
+                    partial(drawn, network, kind, steps),
+                    kind=name,
+                    steps=steps,
+                    count=count,
+                )
 
 
 def drawn(network: Any, kind: Any, steps: int, seed: int, labels: Tensor, count: int) -> Tensor:
