@@ -12,7 +12,15 @@ from torch import Tensor
 from . import errors
 from .levels import levels
 from .ops.randn import randn, streams_of
-from .rollout import Model, Rollout, check_conditions, check_images, placement, unconditional
+from .rollout import (
+    Model,
+    Rollout,
+    begin,
+    check_conditions,
+    check_images,
+    placement,
+    unconditional,
+)
 from .samplers import DDIMSampler, DDPMSampler, HeunSampler, ScheduledSampler
 from .spacing import count
 
@@ -84,8 +92,9 @@ def inpaint(
     """Fill in the unknown part of images: float32, as image, equal to it where mask is true.
 
     After every row the known part is replaced by the image, noised to that level. So that both
-    parts come to agree, every `jump` rows the state goes back as many by the forward process,
-    x = (alpha / alpha') x' + sqrt(beta) z, until those rows have been run `resamplings` times.
+    parts come to agree, every `jump` rows, counted from the end, the state goes back as many, or to
+    the start, by the forward process, x = (alpha / alpha') x' + sqrt(beta) z, until those rows have
+    been run `resamplings` times.
     Lugmayr et al. 2022, "RePaint", Algorithm 1 and appendix B; here a jump is one step of the
     forward process, whose law is that of their many. What comes out nears a draw from the
     model's conditional distribution with more rows and resamplings, and is not quite one.
@@ -128,6 +137,7 @@ def inpaint(
     table = sampler.table if guidance is None else sampler.table.with_guidance(guidance)
     if table.guided:
         uncond = unconditional(model, cond, uncond)
+    begin(model, sampler.prediction)
     draw = partial(randn, image.shape, seed, first_index=first_index, device=image.device)
     run = Rollout(
         table.take([row for row, _ in walk]),
@@ -157,15 +167,16 @@ def inpaint(
 def _walk(rows: int, jump: int, resamplings: int) -> list[tuple[int, int]]:
     """The rows to run, each with the row that comes after it, `rows` being the end.
 
-    Every `jump` rows, counted from the end, the walk goes back as many, resamplings - 1 times.
+    Every `jump` rows, counted from the end, the walk goes back as many, or to the first,
+    resamplings - 1 times.
     """
-    left = dict.fromkeys(range(rows, jump - 1, -jump), resamplings - 1)
+    left = dict.fromkeys(range(rows, 0, -jump), resamplings - 1)
     walk, row = [], 0
     while row < rows:
         to = row + 1
         if left.get(to):
             left[to] -= 1
-            to -= jump
+            to = max(to - jump, 0)
         walk.append((row, to))
         row = to
     return walk

@@ -4,11 +4,12 @@ A graph works on buffers that stay (`Rollout`): the table, the row's number, the
 and the conditions. So another seed, guidance weight, eta, spacing, number of steps, condition or
 start is only other numbers in them. Captured anew is what changes the work itself: shapes, dtypes,
 which of the table's columns are in use, a callback, a gradient, autocast, the backend, and where
-the model's parameters and buffers lie, and its modules, their hooks and which of them train. Rows
-with guidance and rows without are two graphs.
+the model's parameters and buffers lie, and its modules, their hooks, which of them train, and what
+settings they say they have (`extra_repr`). Rows with guidance and rows without are two graphs.
 
 A graph replays what the model did when it was captured. Of a change to anything else that the
-model reads (a flag of its own, a tensor that is no buffer) it learns nothing: call `forget`.
+model reads (a flag that it does not tell, a tensor that is no buffer) it learns nothing: call
+`forget`.
 
 Memory: for each model the latest KEPT kinds of run stay, each with a copy of the run's buffers;
 their graphs share one pool, which grows to the activations of the largest. They go with the model.
@@ -312,7 +313,14 @@ def _state(module: nn.Module) -> Any:
     return (
         tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors),
         tuple(
-            (id(m), type(m), m.training, *m._forward_hooks, *m._forward_pre_hooks)
+            (
+                id(m),
+                type(m),
+                m.training,
+                m.extra_repr(),
+                *m._forward_hooks,
+                *m._forward_pre_hooks,
+            )
             for m in module.modules()
         ),
     )

@@ -71,6 +71,7 @@ def like(
     preset = PRESETS[peer][solver]
     if not (set_alpha_to_one or preset.fixed_stride):
         raise ValueError("set_alpha_to_one=False: is an option of diffusers' DDIM only")
+    own = spacing is None and "{steps}" in preset.spacing  # which says the number of steps
     if spacing is None:
         if steps is None and "{steps}" in preset.spacing:
             raise ValueError(f"steps=None: {peer} needs steps, or a spacing that implies them")
@@ -79,10 +80,8 @@ def like(
     offset = offset if named == "leading" else 0
     if preset.drops_zero and named in ("leading", "linspace") and steps is not None:
         timesteps = schedule.timesteps(steps + 1, named)[:-1] + offset
-    elif "{steps}" in preset.spacing:
-        timesteps = schedule.timesteps(None, spacing, offset)
     else:
-        timesteps = schedule.timesteps(steps, spacing, offset)
+        timesteps = schedule.timesteps(None if own else steps, spacing, offset)
     options = {**preset.options, **options}
     if preset.fixed_stride:
         down = timesteps - len(schedule) // len(timesteps)

@@ -42,6 +42,23 @@ def placement(model: Model) -> tuple[torch.dtype, torch.device | None]:
     return getattr(model, "input_dtype", first.dtype), first.device
 
 
+def begin(model: Model, prediction: str | None) -> None:
+    """A run of a table on a model begins, which takes it to predict `prediction`, if known.
+
+    What the model remembers of another run it is told to forget (`forget_run`). Raises ValueError
+    where it says (`model.prediction`) that it predicts something else.
+    """
+    says = getattr(model, "prediction", None)
+    if prediction is not None and isinstance(says, str) and says != prediction:
+        raise ValueError(
+            f"prediction={prediction!r}: this model says that it predicts {says!r}; make the "
+            "sampler with prediction=model.prediction"
+        )
+    for part in model.modules() if isinstance(model, torch.nn.Module) else ():
+        if forget := getattr(part, "forget_run", None):
+            forget()
+
+
 def check_images(name: str, images: Tensor, model: Model) -> None:
     """Raise unless these are float32 [B, C, ...], none of them empty, on the model's device."""
     errors.is_tensor(name, images)

@@ -15,7 +15,7 @@ from . import errors
 from . import graph as graphs
 from .ops.randn import BEFORE_FIRST_ROW, randn, streams_of
 from .ops.step import step
-from .rollout import Model, Rollout, check_conditions, placement, split, unconditional
+from .rollout import Model, Rollout, begin, check_conditions, placement, split, unconditional
 from .spacing import count, sizes
 from .table import Table
 
@@ -29,12 +29,14 @@ class Sampler:
     `.sample` (diffusers) is unwrapped. The state is float32 whatever the model's dtype.
     """
 
+    prediction: str | None = None  # what the table takes the model to predict, if that is known
+
     def __init__(self, table: Table) -> None:
         errors.is_a("table", table, Table)
         self.table = table
         self._guided: list[bool] = (table.w != 0).tolist()
         self._noisy, self._history = table.noisy, table.history
-        self._learned_variance = table.learned_variance
+        self._learned_variance, self._classifier = table.learned_variance, table.classifier
         self._registers: dict[torch.device, Tensor] = {}
         self._tables: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
@@ -77,7 +79,8 @@ class Sampler:
         for an nn.Module that allows it; False never, True or else RuntimeError. progress: a bar,
         on a GPU at most two rows ahead of it.
 
-        Raises ValueError or TypeError, before the model runs, for arguments that do not fit.
+        Raises ValueError or TypeError, before the model runs, for arguments that do not fit, or a
+        model whose `.prediction` is not the sampler's.
         """
         errors.is_callable("model", model)
         for name, given in (("gradient", gradient), ("callback", callback)):
@@ -96,10 +99,10 @@ class Sampler:
         if table.guided:
             uncond = unconditional(model, cond, uncond)
         errors.one_of("gradient_at", gradient_at, ("x", "mean"))
-        if self.table.classifier != (gradient is not None):
-            raise ValueError(
-                "gradient: is needed by a table with a classifier scale, and only by it"
-            )
+        self._check_gradient(gradient)
+        if not self.table.classifier:
+            gradient = None  # of rows that the scale moves nothing in
+        begin(model, self.prediction)
         start, streams = self._start(model, shape, seed, x_T, first_index)
         dtype, preview = placement(model)[0], callback is not None
         rollout = Rollout(
@@ -112,6 +115,12 @@ class Sampler:
                 if callback is not None and state.x0 is not None:
                     callback(i, state.x, state.x0.clone())
         return rollout.x
+
+    def _check_gradient(self, gradient: object) -> None:
+        if self._classifier != (gradient is not None):
+            raise ValueError(
+                "gradient: is needed by a table with a classifier scale, and only by it"
+            )
 
     def _start(
         self,
@@ -143,6 +152,7 @@ class Sampler:
         x: Tensor,
         noise: Tensor | None = None,
         *,
+        gradient: Tensor | None = None,
         seed: int | Sequence[int] = 0,
         first_index: int = 0,
     ) -> Tensor:
@@ -151,14 +161,20 @@ class Sampler:
         model_output: the model's output at (c_in x, t) of that row, [B, ...] in any model dtype;
         twice the channels with a learned variance; twice the batch, conditional half first, where
         the table guides. noise: float32, as x; without it a noisy row makes the noise of the
-        streams (seed, first_index + k), which is that of `sample`. A solver with history keeps
-        its register here: run the rows in order, from 0.
+        streams (seed, first_index + k), which is that of `sample`. gradient: a classifier's at x,
+        float32, as x, for a table with a classifier scale. A solver with history keeps its
+        register here: run the rows in order, from 0.
         """
         i = count("i", i, 0, len(self.table) - 1, ", a row of the table")
         errors.is_batch("x", x)
         if noise is not None:
             errors.like("noise", noise, "x", x)
             errors.has_dtype("noise", noise, (torch.float32,))
+        if gradient is not None or self._classifier:
+            self._check_gradient(gradient)
+            assert gradient is not None
+            errors.like("gradient", gradient, "x", x)
+            errors.has_dtype("gradient", gradient, (torch.float32,))
         m, m_u, v = split(model_output, x, self._guided[i], self._learned_variance)
         streams = None
         if self._noisy and noise is None:
@@ -166,10 +182,10 @@ class Sampler:
             streams = make(seed, len(x), first_index, device=x.device)
         columns, rows = self._on(x.device)
         if not self._history:
-            return step(x, m, columns, rows[i], m_u=m_u, v=v, z=noise, streams=streams)
+            return step(x, m, columns, rows[i], m_u=m_u, v=v, g=gradient, z=noise, streams=streams)
         h = self._register(i, x)
         x_next, self._registers[x.device] = step(
-            x, m, columns, rows[i], m_u=m_u, v=v, h=h, z=noise, streams=streams
+            x, m, columns, rows[i], m_u=m_u, v=v, g=gradient, h=h, z=noise, streams=streams
         )
         return x_next
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import errors, presets, tables
 from . import graph as graphs
-from .rollout import Model, Rollout, check_conditions, check_images, placement
+from .rollout import Model, Rollout, begin, check_conditions, check_images, placement
 from .sampler import Sampler
 from .schedule import NoiseSchedule
 from .spacing import SPACINGS, count
@@ -26,8 +26,11 @@ class ScheduledSampler(Sampler):
     solver: ClassVar[str]
 
     def _build(self, schedule: NoiseSchedule, timesteps: NDArray[np.int64], **options: Any) -> Self:
-        super().__init__(getattr(tables, self.solver)(schedule, timesteps, **options))
+        builder = getattr(tables, self.solver)
+        super().__init__(builder(schedule, timesteps, **options))
         self.schedule, self.timesteps, self.options = schedule, timesteps, options
+        self.prediction = options.get("prediction", builder.__kwdefaults__["prediction"])
+        self._classifier |= bool(options.get("classifier_scale"))
         return self
 
     @classmethod
@@ -48,6 +51,8 @@ class ScheduledSampler(Sampler):
         options = dict(self.options)
         if options.get("next_timesteps") is not None:
             options["next_timesteps"] = options["next_timesteps"][-steps:]
+        if options.get("S_churn"):  # which is of all the steps together
+            options["S_churn"] *= steps / len(self.timesteps)
         made = self.__class__.__new__(self.__class__)
         return made._build(self.schedule, self.timesteps[-steps:], **options)
 
@@ -112,6 +117,7 @@ class DDIMSampler(ScheduledSampler):
         """
         check_images("x0", x0, model)
         check_conditions(len(x0), cond=cond)
+        begin(model, self.prediction)
         given = {k: v for k, v in self.options.items() if k in ("prediction", "clip")}
         table = tables.ddim_inverse(self.schedule, self.timesteps, **given)
         rollout = Rollout(table, placement(model)[0], x0.clone(), cond=cond)
@@ -206,9 +212,10 @@ class HeunSampler(ScheduledSampler):
 class LangevinSampler(ScheduledSampler):
     """Annealed Langevin dynamics (Song & Ermon 2019): `inner` rows at each noise level.
 
-    step_size: the paper's, at the last level, sigma_L; from 2 sigma_L^2 on the chain diverges where
-    the data are constant, and a warning says so. denoise: end with predicted x0. steps: all of the
-    schedule's levels where the spacing implies no number.
+    step_size: u of x + u score + sqrt(2 u) z at the last level, sigma_L: epsilon of Song & Ermon
+    2020, step_lr of both papers' code, half of epsilon in the first one's Algorithm 1. From
+    2 sigma_L^2 on the chain diverges where the data are constant, and a warning says so. denoise:
+    end with predicted x0. steps: all of the schedule's levels where the spacing implies no number.
     """
 
     solver = "langevin"

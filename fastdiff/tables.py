@@ -114,7 +114,7 @@ def ddim_inverse(
     # x' = alpha' (x - sigma_from eps) / alpha_from + sigma' eps, with eps = (x - alpha' D) / sigma'
     keep = alpha / alpha_from
     turn = (sigma - keep * sigma_from) / sigma
-    row = _columns(schedule, at, prediction, clip)
+    row = _columns(schedule, at, prediction, clip) | {"init": 1.0}  # it starts from data
     return Table(name="ddim_inverse", a=keep + turn, b=-turn * alpha, **row)
 
 
@@ -144,6 +144,8 @@ def ddpm(
     if floor is not None and not number("floor", floor) > 0:
         raise ValueError(f"floor={floor}: must be positive, or None")
     at = levels(schedule, timesteps, next_timesteps)
+    if next_timesteps is not None and np.any(np.equal(next_timesteps, at.t)):
+        raise ValueError("next_timesteps: must be below its row's timestep, where DDPM goes")
     beta, tilde, last = at.beta, at.beta_tilde, at.sigma_next == 0
     if floor is None:
         positive = np.where(last, tilde[-2] if len(tilde) > 1 else beta, tilde)

@@ -302,10 +302,10 @@ def test_a_batch_is_the_sum_of_its_parts():
 def test_bad_input_is_refused():
     schedule, x0 = SCHEDULES["cosine"], torch.zeros(2, *SHAPE)
     with pytest.raises(ValueError, match="weighting='hybrid': needs learned_variance=True"):
-        DiffusionLoss(schedule, weighting="hybrid")
+        DiffusionLoss(schedule, "v", "hybrid")
     with pytest.raises(ValueError, match="weighting='simple' would leave the variance unlearnt"):
-        DiffusionLoss(schedule, learned_variance=True)
-    loss = DiffusionLoss(schedule, weighting="hybrid", learned_variance=True)
+        DiffusionLoss(schedule, "v", learned_variance=True)
+    loss = DiffusionLoss(schedule, "v", "hybrid", learned_variance=True)
     with pytest.raises(ValueError, match=r"model output of shape \(2, 2, 3, 4\): must be \(2, 4"):
         loss(lambda x, t: x, x0)
     for how, message in [

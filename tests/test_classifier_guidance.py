@@ -1,5 +1,6 @@
 """Classifier guidance, on data whose perfect classifier is known, and the classifier's training."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -8,7 +9,17 @@ import pytest
 import torch
 from test_train import SAMPLE, TINY
 
-from fastdiff import DDIMSampler, DDPMSampler, NoiseSchedule, TrainConfig, Trainer, cli, load, ops
+from fastdiff import (
+    DDIMSampler,
+    DDPMSampler,
+    NoiseSchedule,
+    TrainConfig,
+    Trainer,
+    cli,
+    image_to_image,
+    load,
+    ops,
+)
 from fastdiff.data import fashion_mnist
 from fastdiff.guidance import ClassifierGuidance, load_classifier
 from fastdiff.losses import ClassifierLoss
@@ -101,6 +112,45 @@ def test_ddpm_shifts_its_mean_as_the_paper_does(where, interval):
 def test_an_interval_needs_something_to_keep_in_it():
     with pytest.raises(ValueError, match="guidance_interval"):
         DDIMSampler(COSINE, 5).sample(eps, SHAPE, guidance_interval=(0.1, 1.0))
+
+
+@pytest.mark.parametrize("kind", [DDIMSampler, DDPMSampler])
+def test_a_loop_of_ones_own_is_guided_as_sample_is(kind):
+    sampler = kind(COSINE, 5, classifier_scale=2.0)
+    guide = ClassifierGuidance(logits, LABELS)
+    x = ops.randn(SHAPE, 3, row=BEFORE_FIRST_ROW)
+    with pytest.raises(ValueError, match="gradient: is needed"):
+        sampler.step(x, 0, x)
+    with pytest.raises(ValueError, match="gradient: is needed"):
+        kind(COSINE, 5).step(x, 0, x, gradient=x)
+    with pytest.raises(ValueError, match="gradient: has shape"):
+        sampler.step(x, 0, x, gradient=x[:2])
+    for i, now in enumerate(sampler.timesteps):
+        t = torch.full((6,), int(now))
+        x = sampler.step(eps(x, t), i, x, gradient=guide(x, t), seed=3)
+    assert torch.allclose(x, sampler.sample(eps, SHAPE, 3, gradient=guide), atol=1e-5)
+
+
+def test_one_row_takes_a_gradient_that_moves_nothing():
+    """DDPM's step to the data has no variance, and so no shift."""
+    guide, image = ClassifierGuidance(logits, LABELS), torch.zeros(SHAPE)
+    for sampler in (DDPMSampler(COSINE, 20, classifier_scale=4.0), DDPMSampler(COSINE, 20)):
+        how = {"gradient": guide} if sampler.options["classifier_scale"] else {}
+        last = image_to_image(sampler, eps, image, 0.05, **how)
+        assert torch.equal(last, image_to_image(DDPMSampler(COSINE, 20), eps, image, 0.05))
+
+
+def test_a_classifier_in_bfloat16_guides():
+    torch.manual_seed(0)
+    config = UNetConfig(8, 3, channels=8, norm_groups=2, attention_resolutions=())
+    exact = EncoderUNet(config, 3).requires_grad_(False)
+    for parameter in exact.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, t = ops.randn((6, 3, 8, 8), 1), torch.full((6,), 300)
+    right = ClassifierGuidance(exact, LABELS)(x, t)
+    ours = ClassifierGuidance(copy.deepcopy(exact).bfloat16(), LABELS)(x, t)
+    assert ours.dtype is torch.float32 and right.abs().max() > 0
+    assert (ours - right).norm() < 0.1 * right.norm()
 
 
 SAMPLER = DDIMSampler(COSINE, 5, classifier_scale=1.0)

@@ -347,5 +347,9 @@ def test_guided_diffusion_preset() -> None:
     timesteps, options = presets.like("guided-diffusion", "ddpm", SCHEDULE, 10, clip=None)
     assert timesteps.tolist() == SCHEDULE.timesteps(spacing="10").tolist()
     assert options == {"clip": None, "variance": "large"}
+    timesteps, _ = presets.like("guided-diffusion", "ddpm", SCHEDULE, 10, spacing="trailing")
+    np.testing.assert_array_equal(timesteps, SCHEDULE.timesteps(10, "trailing"))
+    with pytest.raises(ValueError, match="steps=50"):
+        presets.like("guided-diffusion", "ddim", SCHEDULE, 50, spacing="ddim15")
     timesteps, _ = presets.like("guided-diffusion", "ddim", SCHEDULE, spacing="ddim15")
     assert len(timesteps) == 15

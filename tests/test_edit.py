@@ -81,6 +81,12 @@ def test_image_to_image_with_langevin():
     assert torch.allclose(seen[0][0], image + schedule.sigma[1] * ops.randn(SHAPE, 4), atol=1e-6)
 
 
+def test_every_row_is_run_as_often():
+    for rows, jump in ((8, 10), (15, 10), (20, 10), (7, 3)):
+        runs = [row for row, _ in edit._walk(rows, jump, 4)]
+        assert runs[-1] == rows - 1 and all(runs.count(row) == 4 for row in range(rows))
+
+
 @pytest.mark.parametrize("S_churn", [0.0, 1.5])
 def test_image_to_image_in_the_state_of_heun(S_churn):
     """x = image + u z, at the level that churn has raised."""
@@ -94,11 +100,13 @@ def test_image_to_image_in_the_state_of_heun(S_churn):
         t = np.interp(np.log(u), np.log(schedule.sigma / schedule.alpha), np.arange(300))
         return alpha**2 * x - u * alpha * model(alpha * x, t)
 
-    hat = levels[0] * (1 + min(S_churn / 4, 2**0.5 - 1))
+    gamma = S_churn / 8  # that of the sampler's eight steps, of which four are left
+    assert gamma < 2**0.5 - 1
+    hat = levels[0] * (1 + gamma)
     x = image.double() + hat * ops.randn(SHAPE, seed=4).double()
     # the noise of a step's churn comes with the last row of the step before
     noises = [ops.randn(SHAPE, seed=4, row=row).double() for row in (1, 3, 5)]
-    exact = oracles.edm(x, denoiser, levels.tolist(), noises if S_churn else (), S_churn)
+    exact = oracles.edm(x, denoiser, levels.tolist(), noises if S_churn else (), S_churn / 2)
     ours = image_to_image(sampler, model, image, 0.5, seed=4)
     assert torch.allclose(ours.double(), exact, atol=1e-4)
 
@@ -180,20 +188,21 @@ def test_guidance_is_that_of_the_samplers(name):
 
 
 def repaint_times(T, jump, resamplings):
-    """RePaint, appendix B: how many steps are left, time after time; a jump may reach T."""
-    jumps = dict.fromkeys(range(0, T - jump + 1, jump), resamplings - 1)
+    """RePaint, appendix B: how many steps are left, time after time; a jump may reach T, or be
+    cut there."""
+    jumps = dict.fromkeys(range(0, T, jump), resamplings - 1)
     t, times = T, [T]
     while t >= 1:
         t -= 1
         times.append(t)
         if jumps.get(t, 0) > 0:
             jumps[t] -= 1
-            t += jump
+            t = min(t + jump, T)
             times.append(t)
     return times
 
 
-@pytest.mark.parametrize("jump, resamplings", [(1, 1), (1, 3), (3, 2), (7, 4)])
+@pytest.mark.parametrize("jump, resamplings", [(1, 1), (1, 3), (3, 2), (7, 4), (10, 2)])
 @pytest.mark.parametrize("kind", [DDIMSampler, DDPMSampler])
 def test_inpainting_is_repaint(kind, jump, resamplings):
     """Lugmayr et al. 2022, Algorithm 1, in float64, with the noise that is ours."""

@@ -18,9 +18,17 @@ from fastdiff import (
     HeunSampler,
     NoiseSchedule,
     graph,
+    image_to_image,
     ops,
 )
-from fastdiff.guidance import APG, DynamicThreshold, GuidanceRescale, Guided, cfg_plus_plus
+from fastdiff.guidance import (
+    APG,
+    ClassifierGuidance,
+    DynamicThreshold,
+    GuidanceRescale,
+    Guided,
+    cfg_plus_plus,
+)
 
 schedule = NoiseSchedule.cosine(1000)
 SHAPE = (4, 3, 6, 5)
@@ -159,6 +167,28 @@ def test_the_momentum_of_a_run_ends_with_it():
     one = DDIMSampler(schedule, 1, spacing="trailing", prediction="v")
     sampled(guided, one)
     assert torch.equal(sampled(guided, one), sampled(fresh(), one))
+
+
+def test_a_run_takes_nothing_from_one_that_ended_above_it():
+    sampler = DDIMSampler(schedule, 20, spacing="trailing", prediction="v")
+    fresh, guided = (APG(model, W, schedule, "v", null_cond=no_cond) for _ in range(2))
+    guided(torch.randn(SHAPE), torch.full((4,), 900), COND)
+    late = [
+        image_to_image(sampler, each, torch.zeros(SHAPE), 0.2, cond=COND)
+        for each in (guided, fresh)
+    ]
+    assert torch.equal(*late)
+
+
+def test_apg_serves_runs_in_inference_mode_and_out_of_it():
+    guided = APG(model, W, schedule, "v", null_cond=no_cond)
+    with torch.inference_mode():
+        first = sampled(guided)
+    assert torch.equal(sampled(guided), first)
+    x = torch.randn(SHAPE, requires_grad=True)
+    for now in (500, 400):  # a loop that differentiates
+        (gradient,) = torch.autograd.grad(guided(x, torch.full((4,), now), COND).sum(), x)
+        assert gradient.isfinite().all()
 
 
 def test_the_momentum_goes_through_the_two_rows_of_a_step():
@@ -306,6 +336,23 @@ def test_rows_are_captured_as_graphs(name, monkeypatch):
         assert torch.equal(sampled(guided, graph=True), exact)
 
 
+def test_settings_that_change_are_captured_anew(monkeypatch):
+    lane = type("Lane", (TapeLane,), {"on": torch.device("cpu")})
+    monkeypatch.setitem(graph.LANES, "cpu", lane)
+    changes = {"w": 1.0, "phi": 0.2, "eta": 0.5, "radius": 0.5, "momentum": 0.5, "percentile": 0.5}
+    for name, wrap in WRAPPED.items():
+        guided = wrap(Net())
+        sampled(guided, graph=True)
+        for part in guided.modules():
+            for setting in changes.keys() & vars(part).keys():
+                setattr(part, setting, changes[setting])
+                ours = sampled(guided, graph=True)
+                assert torch.equal(ours, sampled(guided, graph=False)), (name, setting)
+    guide = ClassifierGuidance(lambda x, t: x.mean((2, 3)), torch.tensor([0, 1, 0, 1]))
+    before, guide.labels = graph._state(guide), torch.tensor([1, 1, 0, 0])
+    assert graph._state(guide) != before
+
+
 def test_an_optimized_model_is_told_of_the_doubled_batch():
     told = []
 
@@ -318,6 +365,8 @@ def test_an_optimized_model_is_told_of_the_doubled_batch():
         shape, t, cond = told.pop()
         assert (shape, t) == ((8, *SHAPE[1:]), (10, 8)) and not told, name
         assert torch.equal(cond, torch.cat([COND, no_cond(COND)]))
+    with pytest.raises(ValueError, match="guidance: needs a condition"):
+        DDIMSampler(schedule, 10, prediction="v").sample(Guided(Optimized(), W), SHAPE)
 
 
 def cfg_pp(x, eps_c, eps_u, timesteps, abars, scale, eta, noises):

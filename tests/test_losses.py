@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from fastdiff import ops
-from fastdiff.losses import MIN_SNR_GAMMA, WEIGHTINGS, DiffusionLoss
+from fastdiff.losses import (
+    MIN_SNR_GAMMA,
+    WEIGHTINGS,
+    DiffusionLoss,
+    denoising_score_matching,
+)
 from fastdiff.schedule import NoiseSchedule
 
 COSINE = NoiseSchedule.cosine(1000)
@@ -141,24 +146,48 @@ def test_condition_is_passed_on_and_wrapped_outputs_unwrapped():
             self.sample = sample
 
     given = []
-    DiffusionLoss(COSINE)(
+    DiffusionLoss(COSINE, "v")(
         lambda x, t, cond: given.append(cond) or Output(x), torch.zeros(2, 1), cond="labels"
     )
     assert given == ["labels"]
 
 
+def test_what_inference_has_made_serves_training():
+    schedule, x0 = NoiseSchedule.cosine(30), torch.rand(3, 1, 4, 4)
+    weight, t = torch.ones((), requires_grad=True), torch.arange(3)
+
+    def model(x, t):
+        return weight * x
+
+    for run in (
+        lambda: DiffusionLoss(schedule, "edm")(model, x0, t),
+        lambda: denoising_score_matching(model, x0, schedule, t).mean(),
+        lambda: ops.noising(x0 * weight, t, schedule, seed=1)[0].square().mean(),
+    ):
+        with torch.inference_mode():
+            run()
+        run().backward()
+    with torch.inference_mode():
+        losses = [DiffusionLoss(schedule, "v", "min_snr"), DiffusionLoss(schedule, "edm")]
+        losses.append(DiffusionLoss(schedule, "v", "vlb"))
+    for loss in losses:
+        loss(model, x0, t).backward()
+
+
 def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match="prediction"):
+        DiffusionLoss(COSINE)
     with pytest.raises(ValueError, match="prediction='noise': must be one of 'eps'"):
         DiffusionLoss(COSINE, "noise")
     names = ", ".join(map(repr, WEIGHTINGS))
     with pytest.raises(ValueError, match=re.escape(f"weighting='none': must be one of {names}")):
-        DiffusionLoss(COSINE, weighting="none")
+        DiffusionLoss(COSINE, "v", "none")
     with pytest.raises(ValueError, match="alpha = 0"):
         DiffusionLoss(COSINE.zero_terminal_snr(), "eps")
     with pytest.raises(ValueError, match=r"model output of shape \(2, 2, 4, 4\)"):
-        DiffusionLoss(COSINE)(lambda x, t: torch.cat((x, x), 1), torch.zeros(2, 1, 4, 4))
+        DiffusionLoss(COSINE, "v")(lambda x, t: torch.cat((x, x), 1), torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match="t: spans 0 to 1000"):
-        DiffusionLoss(COSINE)(lambda x, t: x, torch.zeros(2, 1), torch.tensor([0, 1000]))
+        DiffusionLoss(COSINE, "v")(lambda x, t: x, torch.zeros(2, 1), torch.tensor([0, 1000]))
 
 
 @pytest.mark.parametrize("weighting", ["vlb", "hybrid"])

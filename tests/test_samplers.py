@@ -15,9 +15,12 @@ from fastdiff import (
     NoiseSchedule,
     UNet,
     UNetConfig,
+    image_to_image,
+    inpaint,
     interpolate,
     ops,
 )
+from fastdiff.losses import bits_per_dim
 from fastdiff.table import COLUMNS
 
 schedule = NoiseSchedule.cosine(1000)
@@ -47,6 +50,28 @@ def test_a_sample_does_not_depend_on_its_batch(name):
     assert torch.equal(whole[:1], sampler.sample(model, (1, *SHAPE[1:]), seed=[5]))
     assert not torch.equal(whole, sampler.sample(model, SHAPE, seed=6))
     assert whole.dtype is torch.float32 and bool(whole.isfinite().all())
+
+
+def test_a_model_that_says_it_predicts_something_else_is_refused():
+    net = UNet(UNetConfig(8, channels=8, norm_groups=2, attention_resolutions=()))
+    ddim, x = DDIMSampler(schedule, 4), torch.zeros(2, 3, 8, 8)
+    runs = {
+        "sample": lambda: ddim.sample(net, x.shape),
+        "like": lambda: DDPMSampler.like("diffusers", schedule, 4).sample(net, x.shape),
+        "invert": lambda: ddim.invert(net, x),
+        "image to image": lambda: image_to_image(ddim, net, x, 0.5),
+        "inpaint": lambda: inpaint(ddim, net, x, x == 0),
+        "bits": lambda: bits_per_dim(net, schedule, x),
+    }
+    for name, run in runs.items():
+        net.prediction = "v"
+        with pytest.raises(ValueError, match=r"prediction='eps': this model says .*'v'"):
+            run()
+        net.prediction = "eps"
+        if name != "bits":
+            run()
+    net.prediction = "score"
+    LangevinSampler(NoiseSchedule.geometric(0.1, 2.0, 4), inner=1).sample(net, x.shape)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import tables
+from fastdiff.sampler import Sampler
 from fastdiff.schedule import NoiseSchedule
 
 SHAPE = (2, 3, 4)
@@ -388,3 +389,17 @@ def test_a_register_is_kept_only_where_a_later_row_reads_it() -> None:
     assert not tables.heun(KARRAS, KARRAS.timesteps(1, "trailing")).history
     assert tables.dpmpp_2m(COSINE, COSINE.timesteps(9)).history
     assert not tables.ddim(COSINE, COSINE.timesteps(9)).history
+
+
+def test_an_inversion_starts_from_the_data_as_they_are():
+    schedule = NoiseSchedule.geometric(0.01, 20.0, 12)
+    table = tables.ddim_inverse(schedule, schedule.timesteps(12))
+    x0 = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    seen = []
+    Sampler(table).sample(lambda x, t: seen.append(x.clone()) or 0 * x, x0.shape, x_T=x0)
+    assert torch.equal(seen[0], x0)
+
+
+def test_a_ddpm_row_that_stays_is_refused():
+    with pytest.raises(ValueError, match="next_timesteps: must be below"):
+        tables.ddpm(LINEAR, [500, 0], next_timesteps=[500, -1])

@@ -192,7 +192,7 @@ def test_nothing_is_read_back(device):
         assert t.max() < T
         return  # update checks t there, by reading it
     with NoWaiting():
-        timesteps, loss = LossAwareTimesteps(50), DiffusionLoss(NoiseSchedule.cosine(50))
+        timesteps, loss = LossAwareTimesteps(50), DiffusionLoss(NoiseSchedule.cosine(50), "v")
         for row in range(2):
             t, weight = timesteps.draw(20, 0, row, device="meta")
             x0 = torch.zeros(20, 3, 8, 8, device="meta")

@@ -34,7 +34,8 @@ class APG(Guided):
     The parallel part is what oversaturates. Sadat et al. 2024, "Eliminating Oversaturation and
     Artifacts of High Guidance Scales in Diffusion Models", Algorithm 1; each sample by itself.
     U_before is the average of the call before in the same run, 0 in its first. A run's timesteps
-    descend: a call at a later one than before, or not below the run's first, starts another run.
+    descend: a call at a later one than before, or not below the run's first, starts another run;
+    so does every run of a sampler.
 
     Example:
         >>> from fastdiff import DDIMSampler, load
@@ -79,12 +80,17 @@ class APG(Guided):
         self.eta, self.radius, self.momentum = eta, radius, momentum
         self._runs: dict[tuple[torch.Size, torch.device], _Run] = {}
 
+    def extra_repr(self) -> str:
+        settings = f"eta={self.eta}, radius={self.radius}, momentum={self.momentum}"
+        return f"{super().extra_repr()}, {settings}"
+
     def combine(self, x: Tensor, t: Tensor, m: Tensor, m_u: Tensor) -> Tensor:
         data = self.space.x0(x, t, m)
         update = (data - self.space.x0(x, t, m_u)).flatten(1)
         if self.momentum:
             update = self._averaged(t, update)
-        update = update * (self.radius / update.norm(dim=1, keepdim=True)).clamp(max=1)
+        if self.radius < float("inf"):
+            update = update * (self.radius / update.norm(dim=1, keepdim=True)).clamp(max=1)
         direction = normalize(data.flatten(1), dim=1)
         along = (update * direction).sum(1, keepdim=True)
         update = update - (1 - self.eta) * along * direction
@@ -93,11 +99,18 @@ class APG(Guided):
     def _averaged(self, t: Tensor, update: Tensor) -> Tensor:
         key = update.shape, update.device
         if key not in self._runs:
-            none = torch.full_like(t, -1)
-            self._runs[key] = _Run(torch.zeros_like(update), none, none.clone())
+            with torch.inference_mode(False):  # for runs in either mode
+                none = torch.full_like(t, -1)
+                self._runs[key] = _Run(torch.zeros_like(update), none, none.clone())
         run = self._runs[key]
         goes_on = (t <= run.last) & (t < run.first)
-        run.average.mul_((self.momentum * goes_on)[:, None]).add_(update)
+        average = update + (self.momentum * goes_on)[:, None] * run.average
+        run.average.copy_(average.detach())
         run.first.copy_(torch.where(goes_on, run.first, t))
         run.last.copy_(t)
-        return run.average
+        return average
+
+    def forget_run(self) -> None:
+        """Let the next call be the first of a run, as a sampler does when it starts."""
+        for run in self._runs.values():
+            run.last.fill_(-1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import errors
-from .outputs import check_call
+from .outputs import as_taken, check_call
 
 
 class ClassifierGuidance(nn.Module):
@@ -32,10 +32,15 @@ class ClassifierGuidance(nn.Module):
         torch.Size([2, 3, 8, 8])
     """
 
+    labels: Tensor | None
+
     def __init__(self, classifier: nn.Module, labels: Tensor | None = None) -> None:
         super().__init__()
         errors.is_callable("classifier", classifier)
-        self.classifier, self.labels = classifier, labels
+        if labels is not None:
+            errors.is_tensor("labels", labels)
+        self.classifier = classifier
+        self.register_buffer("labels", labels, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """The gradient, as x, at x [B, C, H, W] and t [B]; cond: int64 [B], the classes.
@@ -50,7 +55,7 @@ class ClassifierGuidance(nn.Module):
         errors.per_sample("labels", labels, torch.int64, "x", x)
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().requires_grad_()
-            logits = self.classifier(x, t.clone())
+            logits = self.classifier(as_taken(x, self.classifier), t.clone())
             errors.is_tensor("classifier: its output", logits)
             if logits.dim() != 2 or len(logits) != len(x):
                 raise ValueError(

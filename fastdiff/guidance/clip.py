@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.clip import CLIP
-from .outputs import check_call
+from .outputs import as_taken, check_call
 
 
 class CLIPGuidance(nn.Module):
@@ -52,5 +52,6 @@ class CLIPGuidance(nn.Module):
             raise ValueError(f"tokens: are of {len(self.text)} captions, x of {len(x)} samples")
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().requires_grad_()
-            score = (self.clip.image_features(x, t.clone()) * self.text.clone()).sum()
+            features = self.clip.image_features(as_taken(x, self.clip), t.clone())
+            score = (features * self.text.clone()).sum()
             return torch.autograd.grad(score, x)[0]

@@ -59,12 +59,15 @@ class Guided(nn.Module):
         """The guided prediction, of the conditional and the unconditional one; all float32."""
         return m + self.w * (m - m_u)
 
+    def extra_repr(self) -> str:
+        return f"w={self.w}"
+
     @property
     def prepare_rows(self) -> Callable[[Tensor, Tensor, Tensor], None]:
         """An optimized model's, which is told what calls will come; others have none."""
         prepare = self.model.prepare_rows
 
-        def doubled(x: Tensor, t: Tensor, cond: Tensor) -> None:
+        def doubled(x: Tensor, t: Tensor, cond: Tensor | None = None) -> None:
             x, _, both = self._doubled(x, t[0], cond)
             prepare(x, torch.cat([t, t], 1), both)
 

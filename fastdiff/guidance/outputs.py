@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import errors
 from ..rollout import split
@@ -18,6 +18,12 @@ def check_call(x: Tensor, t: Tensor) -> None:
     if x.dim() < 2 or not x.shape[1:].numel():
         raise ValueError(f"x: has shape {tuple(x.shape)}, must be [B, C, ...]")
     errors.per_sample("t", t, None, "x", x)
+
+
+def as_taken(x: Tensor, model: Any) -> Tensor:
+    """x in the dtype of the model's first floating parameter; as it is where there is none."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return x.to(next((p.dtype for p in parameters if p.is_floating_point()), x.dtype))
 
 
 def parts(out: Any, x: Tensor, guided: bool) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -42,6 +42,9 @@ class GuidanceRescale(Guided):
             raise ValueError(f"phi={phi}: must be in [0, 1]")
         self.phi = phi
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, phi={self.phi}"
+
     def combine(self, x: Tensor, t: Tensor, m: Tensor, m_u: Tensor) -> Tensor:
         guided = super().combine(x, t, m, m_u)
         wanted, found = (_std(each) for each in (m, guided))

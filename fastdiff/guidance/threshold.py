@@ -65,6 +65,9 @@ class DynamicThreshold(nn.Module):
         s = rows(_quantile(data.abs().flatten(1), self.percentile).clamp(min=1), x)
         return joined(self.space.moved(x, t, m, data.clamp(-s, s) / s - data), v)
 
+    def extra_repr(self) -> str:
+        return f"percentile={self.percentile}"
+
     @property
     def prepare_rows(self) -> Callable[..., None]:
         """An optimized model's, which is told what calls will come; others have none."""

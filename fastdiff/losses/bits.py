@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .. import errors, ops
 from ..ops.layout import rows
 from ..prediction import prediction_coefficients
-from ..rollout import check_conditions, placement, split
+from ..rollout import begin, check_conditions, placement, split
 from ..schedule import NoiseSchedule
 from ..spacing import count
 from .bound import Bound, prior
@@ -85,6 +85,7 @@ def bits_per_dim(
     errors.has_dtype("x0", x0, (torch.float32,))
     errors.one_of("variance", variance, VARIANCES)
     errors.one_of("prediction", prediction, ("eps", "x0", "v", "score"))
+    begin(model, prediction)
     batch_size = count("batch_size", batch_size, 1)
     first_index = count("first_index", first_index, 0)
     if not x0.numel():

@@ -12,4 +12,5 @@ def at(device: torch.device | str, tensor: Tensor) -> Tensor:
     One that comes back to the host is waited for: its memory is read at once.
     """
     device = torch.device(device)
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    with torch.inference_mode(False):  # what is kept of it serves training, too
+        return tensor.to(device, non_blocking=device.type != "cpu")

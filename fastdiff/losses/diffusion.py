@@ -70,10 +70,11 @@ class DiffusionLoss:
             variance that the weighting does not learn, or lacks.
     """
 
+    @torch.inference_mode(False)  # its constants serve training, wherever it is made
     def __init__(
         self,
         schedule: NoiseSchedule,
-        prediction: str = "v",
+        prediction: str,
         weighting: str = "simple",
         learned_variance: bool = False,
     ) -> None:

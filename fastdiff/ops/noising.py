@@ -173,8 +173,9 @@ def _coefficients(schedule: NoiseSchedule, prediction: str, device: torch.device
     key = (prediction, device)
     made = _made.setdefault(schedule, {})
     if key not in made:
-        table = torch.tensor(schedule.noising_table(prediction), dtype=torch.float32)
-        made[key] = table.to(device, non_blocking=True)
+        with torch.inference_mode(False):  # it serves training, too
+            table = torch.tensor(schedule.noising_table(prediction), dtype=torch.float32)
+            made[key] = table.to(device, non_blocking=True)
     return made[key]
 
 
