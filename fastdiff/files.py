@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -127,6 +127,22 @@ def read_tensors(path: Path, stamped: bool = False) -> tuple[dict[str, Tensor], 
         raise ValueError(
             f"{path}: truncated, or no safetensors file ({error}); copy or train it again"
         ) from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: naming the file: it is damaged, or holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, or no JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold an object, holds a {type(found).__name__}")
+    return found
 
 
 def stamp_of(path: Path) -> str | None:

@@ -31,6 +31,32 @@ def to_uint8(x: Tensor) -> Tensor:
     return x.detach().float().cpu().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def grid_size(
+    shape: Sequence[int], columns: int | None = None, gap: int = 2, scale: int = 1
+) -> tuple[int, int, int]:
+    """How many images a row `grid` would put of x [B, C, H, W], and its height and width unscaled.
+
+    Raises:
+        ValueError, TypeError: what `grid` would raise for it.
+    """
+    if len(shape) != 4 or shape[1] not in (1, 3) or not shape[0]:
+        raise ValueError(f"x of shape {tuple(shape)}: must be [B, 1 or 3, H, W], B of 1 or more")
+    if columns is not None:
+        columns = count("columns", columns, 1)
+    gap = count("gap", gap, 0)
+    scale = count("scale", scale, 1)
+    batch, _, height, width = shape
+    across = columns or math.ceil(math.sqrt(batch))
+    down = math.ceil(batch / across)
+    size = down * (height + gap) - gap, across * (width + gap) - gap
+    if not 0 < size[0] * size[1] * scale**2 <= LARGEST:
+        raise ValueError(
+            f"columns={columns}, gap={gap}, scale={scale}: {batch} images of x, {height}x{width}, "
+            f"make a picture of {size[0] * scale}x{size[1] * scale} pixels; takes 1 to {LARGEST:,}"
+        )
+    return across, *size
+
+
 def grid(x: Tensor, columns: int | None = None, gap: int = 2, scale: int = 1) -> Image.Image:
     """One picture of a batch, row by row.
 
@@ -44,21 +70,8 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2, scale: int = 1) ->
         ValueError, TypeError: another shape or dtype.
     """
     errors.is_tensor("x", x)
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
-        raise ValueError(f"x of shape {tuple(x.shape)}: must be [B, 1 or 3, H, W], B of 1 or more")
-    if columns is not None:
-        columns = count("columns", columns, 1)
-    gap = count("gap", gap, 0)
-    scale = count("scale", scale, 1)
-    batch, channels, height, width = x.shape
-    across = columns or math.ceil(math.sqrt(batch))
-    down = math.ceil(batch / across)
-    size = down * (height + gap) - gap, across * (width + gap) - gap
-    if not 0 < size[0] * size[1] * scale**2 <= LARGEST:
-        raise ValueError(
-            f"columns={columns}, gap={gap}, scale={scale}: {batch} images of x, {height}x{width}, "
-            f"make a picture of {size[0] * scale}x{size[1] * scale} pixels; takes 1 to {LARGEST:,}"
-        )
+    across, *size = grid_size(x.shape, columns, gap, scale)
+    _, channels, height, width = x.shape
     x = to_uint8(x)
     canvas = torch.full((channels, *size), 255, dtype=torch.uint8)
     for k, image in enumerate(x):

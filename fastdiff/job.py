@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .data.shards import Shards
 from .draw import draw_batches
+from .engine.remembered import read_choices
 from .engine.tune import measured, recall
 from .files import write_bytes
 from .rollout import Model
@@ -83,7 +84,7 @@ def fill(
         missing, choices = found
         if choices is None:
             if leads:
-                choices = _settle(shards, network, sampler, labels, guidance, batch)
+                choices = _settle(shards, network, sampler, labels, guidance, batch, device)
             choices = world.share(choices)
         recall(choices)
         done = shards.num - sum(shards.span(k)[1] for k in missing)
@@ -118,16 +119,8 @@ def _begin(shards: Shards, progress: bool) -> tuple[list[int], Any]:
         if shards.path(k).exists():
             tqdm.write(f"{why}. It is drawn again")
             shards.path(k).unlink()
-    path, choices = shards.folder / CHOICES, None
-    if path.is_file():
-        try:
-            choices = json.loads(path.read_text())
-        except ValueError:
-            raise ValueError(
-                f"{path}: damaged; without it images round otherwise: restore it, or begin another "
-                "folder"
-            ) from None
-    return list(missing), choices
+    path = shards.folder / CHOICES
+    return list(missing), read_choices(path) if path.is_file() else None
 
 
 def _settle(
@@ -137,6 +130,7 @@ def _settle(
     labels: Tensor | None,
     guidance: float | None,
     batch: int,
+    device: torch.device | str,
 ) -> Any:
     """The engine's choices of backends, measured once for the folder, at every size of a batch."""
     table = sampler.table
@@ -144,7 +138,7 @@ def _settle(
     for count in {shards.span(k)[1] for k in (0, len(shards) - 1)}:
         for size in {min(batch, count), count % batch} - {0}:
             mine = _labels(labels, 0, size)
-            deque(draw_batches(network, row, shards.shape, size, mine, guidance), 0)
+            deque(draw_batches(network, row, shards.shape, size, mine, guidance, device=device), 0)
     choices = measured()
     write_bytes(shards.folder / CHOICES, json.dumps(choices).encode())
     return choices

@@ -237,6 +237,9 @@ def split(
 
 def unconditional(model: Model, cond: Tensor | None, uncond: Tensor | None) -> Tensor:
     """What stands for "no condition" beside `cond`: `uncond`, or what the model says does."""
+    made = getattr(model, "distilled", None)
+    if (weight := getattr(made, "guidance", None)) is not None:
+        raise ValueError(f"guidance: this student has learned the weight {weight:g}; leave it out")
     if cond is None:
         raise ValueError("guidance: needs a condition to strengthen; give cond")
     errors.is_batch("cond", cond)

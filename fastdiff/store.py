@@ -9,7 +9,6 @@ import os
 import shutil
 import socket
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -202,4 +201,11 @@ def _score(path: Path) -> float | None:
 
 # a forked child (a data loader's worker) must not hold on to what its dead parent held
 _HELD: set[int] = set()
-os.register_at_fork(after_in_child=lambda: deque(map(os.close, _HELD), maxlen=0))
+
+
+def _let_go() -> None:
+    while _HELD:  # once: the numbers are soon those of other files
+        os.close(_HELD.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)

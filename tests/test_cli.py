@@ -1,6 +1,7 @@
 """The commands as a user types them, on a tiny model with random weights."""
 
 import argparse
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import fastdiff
+from fastdiff import commands
 from fastdiff.cli import main
 from fastdiff.commands import sampling
 from fastdiff.data import ShardedImages
@@ -119,15 +121,34 @@ def test_every_sampler_runs(folder, tmp_path, sampler):
         (["--steps", "101"], "steps=101: must be between 1 and 100"),
         (["--model", "no-such"], "no-such: no such checkpoint"),
         (["--spacing", "even"], "spacing='even'"),
+        (["--out", "x.gif"], "--out=x.gif: must end in .png or .npz, or be a folder's name"),
+        (["--out", "x.gif"], ".gif takes --trajectory"),
+        (["--scale", "9000"], "--out=samples.png: columns=3, gap=2, scale=9000"),
+        (["--scale", "0"], "--scale=0: must be at least 1"),
+        (["--scale", "2", "--out", "x.npz"], "--scale=2: is of pictures, x.npz is none"),
+        (["--per-shard", "2", "--out", "x.npz"], "--per-shard=2: is of folders, x.npz is none"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(
     folder, tmp_path, capsys, monkeypatch, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands.sample, "draw_batches", None)  # before any work
     assert main(["sample", "--model", str(folder), *arguments]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_go_where_pictures_can_be(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commands.sample, "draw_batches", None)
+    (tmp_path / "x.png").mkdir()
+    assert sample(folder, tmp_path / "x.png") == 1
+    assert "x.png: is a folder" in capsys.readouterr().err
+    config = dataclasses.replace(fastdiff.load(folder).config, in_channels=2, num_classes=None)
+    other = tmp_path / "two"
+    fastdiff.save(other, fastdiff.UNet(config), fastdiff.NoiseSchedule.cosine(100), "v")
+    assert sample(other, tmp_path / "y.png") == 1
+    assert "y.png: x of shape (100, 2, 8, 8): must be [B, 1 or 3" in capsys.readouterr().err
 
 
 def test_doctor_finds_nothing_wrong(capsys):
@@ -173,6 +194,9 @@ def test_a_students_own_steps_are_not_clipped_unless_asked(folder, words, clip):
     student = fastdiff.load(folder)
     student.distilled = Distilled((99, 49), 0.5)
     assert set(sampling.sampler_of(arguments(words), student).table.clip) == {clip}
+    for words, said in ((["--steps", "3"], "--steps=3"), (["--sampler", "heun"], "--sampler=heun")):
+        with pytest.raises(ValueError, match=f"{said}: .* was distilled to 2 steps of ddim"):
+            sampling.sampler_of(arguments(words), student)
     student.distilled = None
     assert set(sampling.sampler_of(arguments([]), student).table.clip) == {1.0}
 

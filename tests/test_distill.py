@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -76,7 +78,7 @@ def guided(tmp_path_factory):
 
 def test_every_stage_is_a_student_of_half_the_steps(guided):
     out, last = guided
-    assert sorted(p.name for p in out.iterdir()) == ["2", "4", "engine.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["2", "4", "distill.json", "engine.json"]
     schedule = NoiseSchedule.cosine(1000)
     for steps in (4, 2):
         student = load(out / str(steps))
@@ -219,6 +221,37 @@ def test_a_folder_that_holds_stages_is_not_overwritten(guided):
     with pytest.raises(FileExistsError, match="already holds a run"):
         run(guided[0], guidance=1.0)
     run(guided[0], guidance=1.0, resume=True)  # there is nothing left to do
+
+
+def test_stages_of_something_else_are_not_gone_on_with(guided, tmp_path):
+    """Nor are those begun whose folders are taken."""
+    other = teacher()
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    for said, change in {
+        "guidance=3.0: the stages in .* were begun with 1.0": {"guidance": 3.0},
+        "guidance_max=2.0": {"guidance_max": 2.0},
+        "start_steps=16: .* were begun with 8": {"start": 16, "guidance": 1.0},
+        "teacher=": {"model": other, "guidance": 1.0},
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            run(guided[0], resume=True, end=1, **change)
+    taken = tmp_path / "2"
+    taken.mkdir()
+    (taken / "model.safetensors").write_bytes((guided[0] / "2" / "model.safetensors").read_bytes())
+    with pytest.raises(FileExistsError, match=r"2: already holds a run"):
+        run(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["2"]
+
+
+def test_damaged_files_of_a_folder_are_named(guided, tmp_path):
+    for name, text in {"distill.json": "[1]", "engine.json": "[1]", "4/config.json": "{}"}.items():
+        out = tmp_path / name.replace("/", "-")
+        shutil.copytree(guided[0], out)
+        (out / name).write_text(text)
+        shutil.rmtree(out / "2")
+        with pytest.raises(ValueError, match=re.escape(str(out / name))):
+            run(out, guidance=1.0, resume=True)
 
 
 @pytest.mark.parametrize(

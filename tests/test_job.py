@@ -1,5 +1,6 @@
 """A large set of samples: the same however it is drawn, and whatever is killed."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,7 +17,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastdiff import DDIMSampler, NoiseSchedule, cli
+from fastdiff import job as jobs
 from fastdiff.data import ShardedImages, export_png
+from fastdiff.data import shards as files
 from fastdiff.data.shards import Shards
 from fastdiff.draw import draw_batches
 from fastdiff.files import read_tensors, write_tensors
@@ -229,6 +232,39 @@ def test_another_set_is_not_mixed_in(tmp_path):
         drawn(tmp_path)
 
 
+def test_facts_in_any_order_and_of_tuples_are_the_same_set(tmp_path):
+    drawn(tmp_path, made_of={"seed": 5, "words": ("a", "b")})
+    assert drawn(tmp_path, made_of={"words": ["a", "b"], "seed": 5}) == 0
+    assert not Shards.open(tmp_path).problems()
+
+
+def test_what_cannot_be_read_is_not_thrown_away(tmp_path, monkeypatch):
+    drawn(tmp_path)
+    path, read = of(tmp_path).path(3), files.read_tensors
+
+    def failing(file, **how):
+        if file == path:
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return read(file, **how)
+
+    monkeypatch.setattr(files, "read_tensors", failing)
+    with pytest.raises(OSError, match=r"cannot be read \(Input/output error\).*shard-000003"):
+        drawn(tmp_path)
+    assert path.is_file()
+
+
+def test_the_first_rows_are_drawn_on_the_device_too(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(*args, device="cpu", **how):
+        seen.append(args[9] if len(args) > 9 else device)
+        return draw_batches(*args[:9])
+
+    monkeypatch.setattr(jobs, "draw_batches", watched)
+    fill(of(tmp_path), model, SAMPLER, LABELS, None, 5, BATCH, "cuda")
+    assert set(seen) == {"cuda"}
+
+
 def test_a_full_disk_is_named_and_the_same_call_goes_on(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     shards = of(tmp_path, num=20_000, per_shard=20_000)
@@ -259,6 +295,7 @@ def test_the_readers_give_every_image_once(tmp_path):
 
 def test_damaged_choices_of_the_engine_are_named(tmp_path):
     drawn(tmp_path)
-    (tmp_path / "engine.json").write_text("[[")
-    with pytest.raises(ValueError, match=r"engine\.json: damaged"):
-        drawn(tmp_path)
+    for text in ("[[", "[1]", "{}"):
+        (tmp_path / "engine.json").write_text(text)
+        with pytest.raises(ValueError, match=r"engine\.json: damaged"):
+            drawn(tmp_path)

@@ -384,6 +384,17 @@ def test_a_worker_does_not_hold_what_its_dead_parent_held(store):
         os.kill(orphan, signal.SIGKILL)
 
 
+def test_a_workers_child_closes_nothing_of_its_own(store):
+    with store.lock():
+        if (pid := os.fork()) == 0:
+            taken = os.open(os.devnull, os.O_RDONLY)  # the number that was the lock's
+            if (pid := os.fork()) == 0:
+                os.fstat(taken)
+                os._exit(0)
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def test_what_the_dead_leave_unfinished_is_removed_and_the_living_left_alone(store):
     @contextlib.contextmanager
     def work():

@@ -254,6 +254,60 @@ def test_a_run_of_another_model_is_not_resumed(tmp_path):
         trainer(tmp_path, model=dataclasses.replace(TINY, channels=16)).fit(resume=True)
 
 
+OTHER = {
+    "prediction=eps": {"prediction": "eps"},
+    "weighting=min_snr": {"weighting": "min_snr"},
+    "timesteps=loss_aware": {"timesteps": "loss_aware"},
+    "steps=2: the run in .* has made 3": {"steps": 2},
+}
+
+
+def test_what_a_run_learns_stays_when_it_is_resumed(tmp_path):
+    trainer(tmp_path, dataclasses.replace(CONFIG, steps=3)).fit(progress=False)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for said, change in OTHER.items():
+        with pytest.raises(ValueError, match=said):
+            trainer(tmp_path, dataclasses.replace(CONFIG, **change)).fit(resume=True)
+    for schedule in (NoiseSchedule.linear(100), NoiseSchedule.cosine(50)):
+        another = Trainer(UNet(TINY), schedule, fashion_mnist(SAMPLE), CONFIG, tmp_path)
+        with pytest.raises(ValueError, match=r"schedule=.*: the run in .* was begun with .*cosine"):
+            another.fit(resume=True)
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    free = dataclasses.replace(CONFIG, steps=4, lr=2e-3, clip_grad=0.5, decay="constant")
+    trainer(tmp_path, free).fit(resume=True, progress=False)
+
+
+def test_a_model_whose_states_are_gone_is_not_overwritten(tmp_path):
+    trainer(tmp_path, dataclasses.replace(CONFIG, steps=1)).fit(progress=False)
+    (tmp_path / "state-000000001.safetensors").unlink()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        trainer(tmp_path).fit()
+
+
+def test_samples_that_cannot_be_drawn_are_refused_before_training(tmp_path):
+    drawing = dataclasses.replace(CONFIG, sample_every=2, sample_steps=101)
+    with pytest.raises(ValueError, match="sample_steps=101: must be at most 100"):
+        trainer(tmp_path, drawing)
+    latents = ImageSet(torch.zeros(8, 4, 32, 32, dtype=torch.uint8))
+    model = UNet(dataclasses.replace(TINY, in_channels=4, num_classes=None))
+    with pytest.raises(ValueError, match="sample_every=2: pictures have 1 or 3 channels"):
+        Trainer(model, NoiseSchedule.cosine(200), latents, drawing, tmp_path)
+
+
+def test_metrics_that_cannot_be_written_stop_no_run(tmp_path, monkeypatch):
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, steps=10, save_every=0))
+    start = run.metrics.start
+
+    def started(step):
+        start(step)
+        run.metrics._path = tmp_path  # a folder cannot be opened
+
+    monkeypatch.setattr(run.metrics, "start", started)
+    with pytest.warns(UserWarning, match="a line is not written"):
+        run.fit(progress=False)
+    assert run.step == 10 and (tmp_path / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_non_finite_numbers_stop_and_keep_the_last_state(tmp_path, broken):
     run = trainer(tmp_path)

@@ -18,6 +18,7 @@ import json
 import sys
 import time
 import zlib
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ from ..train.distributed import World, processes, several
 from . import sampling
 
 PICTURES = (".png", ".gif", ".webp")
+# the first of several processes reads every shard of a set that is gone on with, the others wait
+PATIENCE = timedelta(days=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-n", "--num", type=int, help="images (default: ten a class or caption; 100 without)")
     add("--batch", type=int, default=100, help="images at a time (default 100)")
     add("--out", type=Path, default=Path("samples.png"))
-    add("--per-shard", type=int, default=1000, help="images of a shard of a folder (default 1000)")
-    add("--scale", type=int, default=2, help="screen pixels a pixel in pictures (default 2)")
+    add("--per-shard", type=int, help="images of a shard of a folder (default 1000)")
+    add("--scale", type=int, help="screen pixels a pixel in pictures (default 2)")
     add("--trajectory", action="store_true", help="animate the predicted images")
 
 
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out.suffix not in wanted:
         endings = " or ".join(filter(None, wanted))
         more = "" if args.trajectory else ", or be a folder's name, without an ending"
+        if args.out.suffix in PICTURES:
+            more += f"; {args.out.suffix} takes --trajectory"
         raise ValueError(f"--out={args.out}: must end in {endings}{more}")
     if args.out.suffix and several():
         raise ValueError(
@@ -66,9 +71,18 @@ def run(args: argparse.Namespace) -> int:
         )
     if not args.out.parent.is_dir():
         raise ValueError(f"--out={args.out}: the folder {args.out.parent} does not exist; make it")
+    if args.out.suffix and args.out.is_dir():
+        raise ValueError(f"--out={args.out}: is a folder; give another name")
+    if args.scale is not None and args.out.suffix not in PICTURES:
+        raise ValueError(f"--scale={args.scale}: is of pictures, {args.out} is none; leave it out")
+    if args.per_shard is not None and args.out.suffix:
+        raise ValueError(
+            f"--per-shard={args.per_shard}: is of folders, {args.out} is none; leave it out"
+        )
     for name in ("num", "batch", "scale", "per_shard"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least 1")
+    args.scale, args.per_shard = args.scale or 2, args.per_shard or 1000
     if not args.out.suffix:
         return _fill(args)
     model = sampling.model_of(args)
@@ -77,6 +91,13 @@ def run(args: argparse.Namespace) -> int:
     sampler = sampling.sampler_of(args, model)
     network, guidance = sampling.network_at(args, model, args.guidance)
     start, config = time.perf_counter(), model.config
+    columns = None if told is None or len(told) == 1 else len(told)
+    if args.out.suffix in PICTURES:
+        side = config.image_size
+        try:
+            images.grid_size((num, config.in_channels, side, side), columns, scale=args.scale)
+        except ValueError as error:
+            raise ValueError(f"--out={args.out}: {error}; give an .npz, or a folder") from None
     frames: list[list[torch.Tensor]] | None = [] if args.trajectory else None
     batches = draw_batches(
         network,
@@ -98,7 +119,6 @@ def run(args: argparse.Namespace) -> int:
             for x in batches:
                 add(x)
     else:
-        columns = None if told is None or len(told) == 1 else len(told)
         _draw(args, torch.cat(list(batches)), columns, frames)
     seconds = time.perf_counter() - start
     print(
@@ -110,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _fill(args: argparse.Namespace) -> int:
     """A folder of shards, by this process or its part of several."""
-    with processes(args.device) as device:
+    with processes(args.device, PATIENCE) as device:
         args.device = str(device)
         model = sampling.model_of(args)
         told, num = _told(args, model)
@@ -120,11 +140,12 @@ def _fill(args: argparse.Namespace) -> int:
         made_of = {
             "model": args.model,
             "weights": checksum(model),
+            "network": zlib.crc32(json.dumps(config.to_json(), sort_keys=True).encode()),
             "table": zlib.crc32(json.dumps(sampler.table.to_json()).encode()),
             "guidance": guidance,
             "classes": args.captions if told is None or told.ndim > 1 else told.tolist(),
             "seed": args.seed,
-            "engine": args.engine,
+            "engine": args.engine if device.type == "cpu" else device.type,
             "batch": args.batch,
         }
         shape = config.in_channels, config.image_size, config.image_size

@@ -52,10 +52,11 @@ def model_of(args: argparse.Namespace) -> UNet:
 def sampler_of(args: argparse.Namespace, model: UNet) -> Sampler:
     """The sampler that the arguments ask for; a student's own where they ask for none."""
     spacing, made, clip = args.spacing or "trailing", model.distilled, 1.0
-    if made is not None and args.sampler == "ddim" and not args.spacing:
-        if args.steps not in (None, len(made.timesteps)):
+    if made is not None and not args.spacing:
+        odd = args.steps not in (None, len(made.timesteps)) and f"--steps={args.steps}"
+        if odd := odd or (args.sampler != "ddim" and f"--sampler={args.sampler}"):
             raise ValueError(
-                f"--steps={args.steps}: {args.model} was distilled to {len(made.timesteps)} steps; "
+                f"{odd}: {args.model} was distilled to {len(made.timesteps)} steps of ddim; "
                 "leave it out, or sample it otherwise all the same with --spacing trailing"
             )
         spacing, clip = made.timesteps, 0.0  # as it was distilled: a clip costs it a tenth in FD

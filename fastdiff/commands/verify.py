@@ -8,11 +8,11 @@ mends it.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from ..data.shards import MANIFEST, Shards
+from ..files import read_object
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.folder / MANIFEST
     if not path.is_file():
         wrong.append(f"{path}: missing: the samples are not finished")
-    elif not wrong and json.loads(path.read_text()) != shards.manifest():
+    elif not wrong and read_object(path) != shards.manifest():
         wrong.append(f"{path}: does not say what the shards are")
     for said in wrong:
         print(said)

@@ -42,7 +42,7 @@ class Shards:
         num: images in all.
         shape: (C, H, W) of an image.
         per_shard: images a shard; the last may have fewer.
-        made_of: what decides the images: JSON values.
+        made_of: what decides the images: JSON values, in any order.
     """
 
     folder: Path
@@ -58,6 +58,8 @@ class Shards:
         object.__setattr__(self, "shape", shape)
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"shape={shape}: must be (C, H, W), each 1 or more")
+        # as it is read again: of lists, not tuples
+        object.__setattr__(self, "made_of", json.loads(json.dumps(self.made_of)))
 
     @classmethod
     def open(cls, folder: str | Path) -> Shards:
@@ -115,7 +117,7 @@ class Shards:
             "per_shard": self.per_shard,
             "made_of": self.made_of,
         }
-        return (json.dumps(record, indent=1) + "\n").encode()
+        return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
     @property
     def mark(self) -> str:
@@ -170,13 +172,20 @@ class Shards:
         return images, labels
 
     def problems(self, progress: bool = False) -> dict[int, str]:
-        """Why a shard is none, by its number: missing, damaged, or of another set."""
+        """Why a shard is none, by its number: missing, damaged, or of another set.
+
+        Raises:
+            OSError: one is there and cannot be read, which says nothing of it.
+        """
         found: dict[int, str] = {}
         for k in tqdm(range(len(self)), desc="shards", disable=not progress):
             try:
                 self.read(k)
-            except (OSError, ValueError) as error:
+            except (FileNotFoundError, ValueError) as error:
                 found[k] = str(error)
+            except OSError as error:
+                why = f"cannot be read ({error.strerror}); mend that, or remove the file"
+                raise OSError(error.errno, why, str(self.path(k))) from None
         return found
 
     def strangers(self) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from .. import errors
 from ..checkpoint import CONFIG, load
 from ..data import ImageSet
 from ..engine import optimize
+from ..engine.remembered import read_choices
 from ..engine.tune import measured, recall
-from ..files import make_folder, write_bytes
+from ..files import make_folder, read_object, write_bytes
 from ..integrations.diffusers import from_diffusers
+from ..job import checksum
 from ..losses.distillation import DistillationLoss
 from ..models import UNet
 from ..models.distilled import Distilled
 from ..schedule import NoiseSchedule
 from ..train import TrainConfig, Trainer
+from ..train.distributed import World
 from .config import DistillConfig
 from .report import REPORT, write_report
 
@@ -40,6 +44,7 @@ TRAIN = TrainConfig(
 
 
 CHOICES = "engine.json"  # what the engine measured of the teacher
+BEGUN = "distill.json"  # what all the stages come from
 # how much larger an error in eps may be in x0 where sampling starts: 157 on the linear schedule
 MAGNIFIED = 1000.0
 
@@ -81,6 +86,7 @@ def distill(
 
     Raises:
         ValueError: what does not fit together, before any work.
+            So are a folder's stages of another teacher, or otherwise guided.
         FileExistsError: the folder holds stages and `resume` is false.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state is saved, `resume` goes on.
         OSError, FloatingPointError, LostWorker: as `Trainer.fit`.
@@ -106,6 +112,7 @@ def distill(
     if teacher.distilled is not None:
         timesteps = list(teacher.distilled.timesteps)
     guidance = teacher.distilled.guidance if teacher.distilled else config.guidance
+    _begin(Path(out), teacher, schedule, config, resume)
     for k, steps in enumerate(config.stages):
         stage, folder = _training(train, config, k), Path(out) / str(steps)
         loss = _objective(teacher, schedule, timesteps, stage, config, first=k == 0)
@@ -183,6 +190,37 @@ def _fitting(
     return schedule
 
 
+def _begin(
+    out: Path, teacher: UNet, schedule: NoiseSchedule, config: DistillConfig, resume: bool
+) -> None:
+    """Write what the stages come from, or see that those of the folder come from the same."""
+    world, wrong, path = World(), None, out / BEGUN
+    own = {"teacher": checksum(teacher), "schedule": schedule.to_json()}
+    own |= {name: getattr(config, name) for name in ("start_steps", "guidance", "guidance_max")}
+    own = json.loads(json.dumps(own))
+    if world.rank == 0:
+        try:
+            stages = [out / str(steps) for steps in config.stages]
+            if not resume and (held := [s for s in stages if any(s.glob("*.safetensors"))]):
+                raise FileExistsError(
+                    f"{held[0]}: already holds a run; resume it (--resume) or choose another folder"
+                )
+            if not (resume and path.is_file()):
+                make_folder(out)
+                write_bytes(path, (json.dumps(own, indent=1) + "\n").encode())
+            there = read_object(path)
+            if odd := [name for name in own if there.get(name) != own[name]]:
+                was, now = (textwrap.shorten(str(d.get(odd[0])), 100) for d in (there, own))
+                raise ValueError(
+                    f"{odd[0]}={now}: the stages in {out} were begun with {was}; resume with "
+                    "that, or choose another folder"
+                )
+        except (OSError, ValueError) as error:
+            wrong = error
+    if wrong := world.share(wrong):
+        raise wrong
+
+
 def _training(train: TrainConfig, config: DistillConfig, k: int) -> TrainConfig:
     """How stage k is trained."""
     steps = config.updates[k] if k < len(config.updates) else train.steps
@@ -228,7 +266,7 @@ def _settle_engine(trainer: Trainer, loss: DistillationLoss, out: Path) -> None:
     path, choices = out / CHOICES, None
     if trainer.leads:
         if path.is_file():
-            recall(json.loads(path.read_text()))
+            recall(read_choices(path))
         size = trainer.config.batch_size // trainer.parts
         i = torch.zeros(size, dtype=torch.int64, device=trainer.device)
         cond = None if trainer.model.config.num_classes is None else i
@@ -246,4 +284,10 @@ def _settle_engine(trainer: Trainer, loss: DistillationLoss, out: Path) -> None:
 def _finished(folder: Path, stage: TrainConfig) -> bool:
     """Whether the folder holds the stage's student, trained to the end."""
     path = folder / CONFIG
-    return path.is_file() and json.loads(path.read_text())["training"]["step"] >= stage.steps
+    if not path.is_file():
+        return False
+    training = read_object(path).get("training")
+    step = training.get("step") if isinstance(training, dict) else None
+    if type(step) is not int:
+        raise ValueError(f"{path}: does not say at which step it was written; remove the folder")
+    return step >= stage.steps

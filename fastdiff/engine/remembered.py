@@ -38,10 +38,23 @@ def read() -> list[Any]:
     place = path()
     with suppress(OSError, ValueError):
         if place is not None:
-            found = json.loads(place.read_text())
-            if isinstance(found, list) and all(_is_choice(row) for row in found):
-                return found
+            return read_choices(place)
     return []
+
+
+def read_choices(path: Path) -> list[Any]:
+    """Those of a file that must be whole, as `tune.recall` takes them.
+
+    Raises:
+        ValueError: it is damaged; without it networks would round otherwise.
+    """
+    with suppress(ValueError):
+        found = json.loads(path.read_text())
+        if isinstance(found, list) and all(_is_choice(row) for row in found):
+            return found
+    raise ValueError(
+        f"{path}: damaged; without it networks round otherwise: restore it, or begin another folder"
+    )
 
 
 def write(choices: list[Any]) -> None:

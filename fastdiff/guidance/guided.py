@@ -63,6 +63,11 @@ class Guided(nn.Module):
         return f"w={self.w}"
 
     @property
+    def prediction(self) -> str | None:
+        """What the model says that it predicts, as this one does then."""
+        return getattr(self.model, "prediction", None)
+
+    @property
     def prepare_rows(self) -> Callable[[Tensor, Tensor, Tensor], None]:
         """An optimized model's, which is told what calls will come; others have none."""
         prepare = self.model.prepare_rows

@@ -69,6 +69,11 @@ class DynamicThreshold(nn.Module):
         return f"percentile={self.percentile}"
 
     @property
+    def prediction(self) -> str | None:
+        """What the model says that it predicts, as this one does then."""
+        return getattr(self.model, "prediction", None)
+
+    @property
     def prepare_rows(self) -> Callable[..., None]:
         """An optimized model's, which is told what calls will come; others have none."""
         return self.model.prepare_rows

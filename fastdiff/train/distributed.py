@@ -32,11 +32,12 @@ def several() -> bool:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[torch.device]:
+def processes(device: str, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     """Join the processes that torchrun started, if it did; yields this one's device.
 
     Args:
         device: "cpu" or "cuda"; with torchrun, each process takes the GPU of its local rank.
+        timeout: how long they wait for each other.
     """
     if not several():
         yield torch.device(device)
@@ -46,7 +47,7 @@ def processes(device: str) -> Iterator[torch.device]:
     if own.type == "cuda":
         own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(own)
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timeout)
     yield own
     dist.destroy_process_group()  # not after an error: it might wait for a process that died
 

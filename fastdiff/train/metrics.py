@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,12 @@ class Metrics:
             "images_per_s": round(rate, 1),
             "seconds": round(seconds, 1),
         }
-        with open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # no reason to stop: if it is one, the next state says so
+            said = f"{self._path}: a line is not written ({error.strerror}); make room"
+            warnings.warn(said, stacklevel=2)
         if self._writer is not None:
             for name in ("loss", "lr", "grad_norm", "images_per_s"):
                 self._writer.add_scalar(name, line[name], step)

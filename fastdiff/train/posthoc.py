@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from .. import errors
 from ..checkpoint import load
+from ..files import read_object
 from ..models import UNet
 from .ema import gamma_of
 
@@ -41,7 +41,10 @@ def posthoc(folder: str | Path, sigma_rel: float, step: int | None = None) -> UN
     gamma, root = gamma_of(sigma_rel), errors.path("folder", folder) / SNAPSHOTS
     found = []
     for path in sorted(root.glob("*.safetensors")):
-        made = json.loads(path.with_suffix(".json").read_text())["training"]
+        config = path.with_suffix(".json")
+        if not config.is_file():  # written last, and not yet
+            continue
+        made = read_object(config)["training"]
         found.append((path, made["step"], gamma_of(made["sigma_rel"])))
     if not found:
         raise FileNotFoundError(f"{root}: no snapshots; train with posthoc_every of 1 or more")

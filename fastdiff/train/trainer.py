@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 import time
 import warnings
 from contextlib import nullcontext
@@ -15,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import errors
+from ..checkpoint import WEIGHTS
 from ..data import ImageSet, drop_labels
 from ..losses import (
     ClassifierLoss,
@@ -69,8 +72,8 @@ class Trainer:
         distilled: what the saved models are students of; see `fastdiff.distill`.
 
     Raises:
-        ValueError: the data's images or labels do not fit the model, or the batch cannot be dealt
-            to the processes.
+        ValueError: the data's images or labels do not fit the model, the batch cannot be dealt to
+            the processes, or samples cannot be drawn as sample_every and sample_steps say.
         ImportError: TensorBoard is asked for and missing.
     """
 
@@ -108,6 +111,8 @@ class Trainer:
                 f"batch_size={config.batch_size}: must be a multiple of {self.parts}, "
                 f"{self.world.size} processes times accumulate={config.accumulate}"
             )
+        if config.sample_every and isinstance(model, UNet):
+            _check_pictures(model, schedule, config, distilled)
         self.model, self.schedule, self.data, self.config = model, schedule, data, config
         self.out, self.store = Path(out), Store(out, config.keep)
         self.step, self.seconds = 0, 0.0
@@ -149,8 +154,10 @@ class Trainer:
             progress: show a bar with loss, rate and time left.
 
         Raises:
-            FileExistsError: the folder holds a run and `resume` is false.
+            FileExistsError: the folder holds a run or a model and `resume` is false.
             FileNotFoundError: `resume` is true and it holds none.
+            ValueError: the run was begun with another schedule, prediction, weighting, timesteps
+                or distillation, or has made more steps.
             BlockingIOError: another run writes to the folder.
             OSError: it cannot be written.
             FloatingPointError: loss or gradient is not finite; the weights before it are saved.
@@ -211,12 +218,14 @@ class Trainer:
             try:
                 if resume and not self.store.exists():
                     raise FileNotFoundError(f"{self.out}: no run to resume; leave out --resume")
-                if not resume and self.store.exists():
+                if not resume and (self.store.exists() or (self.out / WEIGHTS).exists()):
                     raise FileExistsError(
                         f"{self.out}: already holds a run; resume it (--resume) or choose another "
                         "folder"
                     )
                 state = self.store.load() if resume else None
+                if state is not None:
+                    self._refuse_another(state[1])
                 copies = 3 + len(self.averages.values)
                 self.store.check(4 * copies * sum(p.numel() for p in self.model.parameters()))
             except (OSError, ValueError) as error:
@@ -234,6 +243,30 @@ class Trainer:
             self.metrics.start(self.step)
         if self.leads and self.config.sample_every and not can_draw():
             warnings.warn(f"no curves are drawn: {MISSING}", stacklevel=3)
+
+    def _learns(self) -> dict[str, Any]:
+        """What a run's network learns, which stays when it is resumed: JSON values."""
+        names = "prediction", "weighting", "timesteps"
+        made = None if self.model.distilled is None else self.model.distilled.to_json()
+        own = {name: getattr(self.config, name) for name in names}
+        facts = {"schedule": self.schedule.to_json(), **own, "distilled": made}
+        return json.loads(json.dumps(facts))
+
+    def _refuse_another(self, record: dict[str, Any]) -> None:
+        """Raise unless a state's record is of the run that is to be resumed."""
+        asked = self._learns()
+        for name, value in record.get("learns", asked).items():
+            if value != asked[name]:
+                was, now = (textwrap.shorten(str(v), 100) for v in (value, asked[name]))
+                raise ValueError(
+                    f"{name}={now}: the run in {self.out} was begun with {was}; resume it with "
+                    "that, or begin another in another folder"
+                )
+        if record["step"] > self.config.steps:
+            raise ValueError(
+                f"steps={self.config.steps}: the run in {self.out} has made {record['step']}; "
+                "give as many or more"
+            )
 
     def _train_step(self) -> Tensor:
         """Make a step; its loss, a scalar on the device."""
@@ -273,7 +306,8 @@ class Trainer:
         self.watch.see(step, t, losses, loss, norm)
         if (step + 1) % self.check_every == 0:
             self._check()
-        self.timesteps.update(t.long(), losses)
+        # of losses that are not finite nothing is learnt, nor of those after them
+        self.timesteps.update(t.long(), losses.masked_fill(self.watch.bad, torch.nan))
         self.metrics.add(loss, norm, self.world.sum(by_t), self.watch.bad)
         self._update(norm)
         return loss
@@ -340,6 +374,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "loss": self.metrics.loss,
                 "config": self.config.to_json(),
+                "learns": self._learns(),
             }
             self.store.save(self.step, tensors, record, self.metrics.loss)
 
@@ -356,6 +391,20 @@ def _objective(
             f"label_dropout={config.label_dropout}: a classifier learns from every label; give 0"
         )
     return ClassifierLoss(schedule)
+
+
+def _check_pictures(
+    model: UNet, schedule: NoiseSchedule, config: TrainConfig, distilled: Distilled | None
+) -> None:
+    if (channels := model.config.in_channels) not in (1, 3):
+        raise ValueError(
+            f"sample_every={config.sample_every}: pictures have 1 or 3 channels, the model's "
+            f"images {channels}; give 0"
+        )
+    if distilled is None and config.sample_steps > len(schedule):
+        raise ValueError(
+            f"sample_steps={config.sample_steps}: must be at most {len(schedule)}, the schedule's"
+        )
 
 
 def _check_data(model: Network, data: ImageSet) -> None:
