@@ -150,7 +150,7 @@ def draw(path: Path, points: list[Point]) -> None:
         axes.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
         axes.set_xticks([], minor=True)
         axes.set_xlabel(f"{panel.rsplit(' ', 1)[1]}, and GFLOP", fontsize=8)
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, handlelength=3.5)  # a dashed one is seen
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -139,7 +139,16 @@ def _load(source: str | Path) -> Network:
             f"{source}: no such checkpoint; takes a folder, a .safetensors file, "
             f"or a shipped name: {', '.join(shipped)}"
         )
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ValueError(
+            f"{source}: takes a folder, or a .safetensors file; of a published .pt file "
+            "fastdiff.integrations.guided_diffusion.from_guided_diffusion makes a model"
+        )
     weights, config = _paths(path)
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"{weights}: missing; takes a folder that fastdiff train or save wrote"
+        )
     tensors, metadata = read_tensors(weights)
     if "config" in metadata and stamp_of(weights) is None:  # `save` writes both
         raise ValueError(f"{weights}: its checksum's place is damaged; copy or train it again")

@@ -134,7 +134,10 @@ def inpaint(
     resamplings = count("resamplings", resamplings, 1)
     at = levels(sampler.schedule, sampler.timesteps, sampler.options.get("next_timesteps"))
     walk = _walk(len(at.t), jump, resamplings)
-    table = sampler.table if guidance is None else sampler.table.with_guidance(guidance)
+    table = sampler.table
+    if guidance is not None:
+        with errors.naming("guidance"):
+            table = table.with_guidance(guidance)
     if table.guided:
         uncond = unconditional(model, cond, uncond)
     begin(model, sampler.prediction)

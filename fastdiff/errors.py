@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """What is refused within names the argument that the user gave, too."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _alike(a: object, b: object) -> bool:

@@ -167,6 +167,9 @@ def make_folder(folder: Path) -> None:
     Raises:
         OSError: naming it and what to do.
     """
+    if folder.is_file():
+        message = f"{folder}: not written: is a file; choose the name of a folder"
+        raise FileExistsError(errno.EEXIST, message)
     try:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def check_conditions(batch: int, **conditions: Tensor | None) -> None:
     for name, value in conditions.items():
         if value is None:
             continue
-        if isinstance(value, Tensor) or not isinstance(value, Sized):
+        if isinstance(value, Tensor | str) or not isinstance(value, Sized):
             errors.is_batch(name, value)
         if len(value) != batch:
             raise ValueError(f"{name}: has batch {len(value)}, must be {batch}, one a sample")

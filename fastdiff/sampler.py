@@ -90,11 +90,15 @@ class Sampler:
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(f"shape={shape}: must be (B, C, ...), every size at least 1")
         if guidance is not None:
-            table = table.with_guidance(guidance, interval)
+            with errors.naming("guidance"):
+                table = table.with_guidance(guidance)
+            with errors.naming("guidance_interval"):
+                table = self.table.with_guidance(guidance, interval)
         elif interval is not None and not table.classifier:
             raise ValueError("guidance_interval: was given without guidance; give its weight w")
         if interval is not None and table.classifier:
-            table = table.with_classifier_in(interval)
+            with errors.naming("guidance_interval"):
+                table = table.with_classifier_in(interval)
         check_conditions(shape[0], cond=cond, uncond=uncond)
         if table.guided:
             uncond = unconditional(model, cond, uncond)

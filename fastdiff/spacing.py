@@ -28,12 +28,14 @@ def count(name: str, value: Any, low: int, high: int | None = None, why: str = "
     return number
 
 
-def sizes(name: str, values: Any) -> tuple[int, ...]:
-    """`values` as a tuple of ints, or a TypeError that names them."""
+def sizes(name: str, values: Any, takes: str = "a sequence of integers") -> tuple[int, ...]:
+    """`values` as a tuple of ints, or a TypeError that names them, and what is taken."""
     try:
         return tuple(map(operator.index, values))
     except TypeError:
-        raise TypeError(f"{name}={values!r}: must be a sequence of integers") from None
+        shape = getattr(values, "shape", None)  # of an array, which is too much to print
+        got = f": is a {type(values).__name__} {tuple(shape)}," if shape else f"={values!r}:"
+        raise TypeError(f"{name}{got} must be {takes}") from None
 
 
 def leading(length: int, steps: int) -> Numbers:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import needs_data
 
-from bench.claims import claim, consistency, quality
+from bench.claims import claim, consistency, quality, strided
 from bench.claims.claim import CLAIMS, DOCS, Claim, Points, document
 
 FACTS = {"images": 3, "seeds": 1}
@@ -136,6 +136,21 @@ def test_a_stopped_point_draws_no_seed_again(tmp_path):
     judge.measure(points, "of a/b", [3, 4], draw, steps=7)
     points.finish()
     assert drawn == [3, 4] and [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_what_lies_within_two_errors_is_undecided():
+    def kinds(**distances):
+        return {name: {10: {"fd": fd, "fd_sd": 0.3}} for name, fd in distances.items()}
+
+    for fd, standing, said in (
+        (1.0, "holds", "below"),
+        (2.5, "is und", "above"),
+        (4, "does", "ab"),
+    ):
+        gap, rival = strided.apart(kinds(a=fd, b=2.0, c=9.0), 10, "a", min)
+        assert rival == "b" and standing in gap.standing and f"0.4 {said}" in gap.said
+    gap, rival = strided.apart(kinds(a=8.0, b=2.0, c=3.0), 10, "a", max)
+    assert rival == "c" and gap.said == "5 ± 0.4 above" and "holds" in gap.standing
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error():

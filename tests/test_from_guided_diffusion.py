@@ -126,6 +126,17 @@ def test_a_classifier_is_read():
     assert got(x, t).shape == (1, 10)
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04 cut short"])
+def test_a_file_that_is_none_or_damaged_is_named(tmp_path, content):
+    path = tmp_path / "m.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"m\.pt: cannot be read: .*fetch it again"):
+        from_guided_diffusion(path, **TINY, allow_pickle=True)
+    torch.save({"state": {"x": torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match=r"m\.pt: holds no state dict"):
+        from_guided_diffusion(path, **TINY, allow_pickle=True)
+
+
 def test_pickles_are_refused_and_their_code_is_never_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -135,8 +146,9 @@ def test_pickles_are_refused_and_their_code_is_never_run(tmp_path):
     path.write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(ValueError, match="is a pickle, read only if allow_pickle=True"):
         from_guided_diffusion(path, **TINY)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="cannot be read") as refused:
         from_guided_diffusion(path, **TINY, allow_pickle=True)
+    assert isinstance(refused.value.__cause__, pickle.UnpicklingError)
     assert not (tmp_path / "ran").exists()
 
 

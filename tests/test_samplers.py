@@ -21,6 +21,7 @@ from fastdiff import (
     ops,
 )
 from fastdiff.losses import bits_per_dim
+from fastdiff.models.distilled import Distilled
 from fastdiff.table import COLUMNS
 
 schedule = NoiseSchedule.cosine(1000)
@@ -394,3 +395,31 @@ def test_first_indices_are_integers_also_where_an_equal_one_was_seen_before():
     for wrong in (1.0, [1.0, 2.0]):
         with pytest.raises(TypeError, match="first_index"):
             sampler.step(x, 0, x, first_index=wrong)
+
+
+def test_what_is_refused_has_the_name_that_the_user_gave():
+    sampler, cond = DDIMSampler(schedule, 2, prediction="v"), torch.ones(4)
+    for said, how in {
+        "guidance: w: has shape": {"guidance": [1.0, 2.0, 3.0]},
+        "guidance: w: must be a number": {"guidance": "1"},
+        "guidance_interval: interval=0.3: must be a pair": {
+            "guidance": 1.0,
+            "guidance_interval": 0.3,
+        },
+        "seed=None: must be an int, or one a sample": {"seed": None},
+        "cond: must be a torch.Tensor, got str": {"cond": "boot"},
+        r"shape: is a Tensor \(4, 3, 8, 8\), must be a sequence": {"shape": torch.zeros(SHAPE)},
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=said):
+            sampler.sample(model, **{"shape": SHAPE, "cond": cond, "uncond": cond, **how})
+
+
+def test_a_student_that_has_its_guidance_is_not_guided_again():
+    student = UNet(
+        UNetConfig(8, channels=8, norm_groups=2, attention_resolutions=(), num_classes=3)
+    )
+    student.distilled = Distilled((99, 49), 0.5)
+    sampler, labels = DDIMSampler(NoiseSchedule.cosine(100), 2), torch.tensor([0, 1])
+    sampler.sample(student, (2, 3, 8, 8), cond=labels)
+    with pytest.raises(ValueError, match=r"guidance: this student has learned the weight 0\.5"):
+        sampler.sample(student, (2, 3, 8, 8), cond=labels, guidance=1.0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -106,27 +106,46 @@ def table(points: Mapping[str, Point]) -> list[str]:
 
 
 def verdict(many: dict[str, dict[int, Point]], few: dict[str, dict[int, Point]]) -> str:
-    def order(found: dict[str, dict[int, Point]], steps: int) -> list[str]:
-        return sorted(ETAS, key=lambda name: found[name][steps]["fd"])
-
-    first, last = order(many, STEPS[0]), order(few, FULL)
-    early = (first[0], first[-1]) == ("eta 0", "sigma-hat")
-    lead, margin = apart(many[first[0]][STEPS[0]], many[first[1]][STEPS[0]])
-    rival = next(name for name in last if name != "sigma-hat")
-    gap, error = apart(few["sigma-hat"][FULL], few[rival][FULL])
-    late = "holds" if gap > 2 * error else "does not hold" if gap < -2 * error else "is undecided"
+    most, plain, start = "sigma-hat", "eta 0", STEPS[0]
+    best, rival = apart(many, start, plain, min)
+    worst, above = apart(many, start, most, max)
+    late, other = apart(few, FULL, most, min)
     return (
-        f"At {STEPS[0]} steps {first[0]} is the best, {lead:.2g} ± {margin:.1g} below {first[1]}, "
-        f"and {first[-1]} the worst: that part **{'holds' if early else 'does not hold'} here**. "
-        f"At {FULL} steps {last[0]} is the best and {last[-1]} the worst, and sigma-hat "
-        f"{abs(gap):.2g} ± {error:.1g} {'below' if gap > 0 else 'above'} {rival}: that part "
-        f"**{late} here**."
+        f"At {start} steps {plain} is {best.said} {rival}: that it is the best {best.standing}. "
+        f"{most} is {worst.said} {above}: that it fails {worst.standing}. At {FULL} steps {most} "
+        f"is {late.said} {other}: that it is the best {late.standing}."
     )
 
 
-def apart(better: Point, worse: Point) -> tuple[float, float]:
-    """How far a distance is below another, and the standard error of that."""
-    return worse["fd"] - better["fd"], math.hypot(worse["fd_sd"], better["fd_sd"])
+class Gap(NamedTuple):
+    """How far a distance is below another, or above it, and the standard error of that."""
+
+    size: float
+    error: float
+    below: bool
+
+    @property
+    def said(self) -> str:
+        word = "below" if self.below == (self.size > 0) else "above"
+        return f"{abs(self.size):.2g} ± {self.error:.1g} {word}"
+
+    @property
+    def standing(self) -> str:
+        """What it says of the claim that it is positive, within two standard errors."""
+        if abs(self.size) <= 2 * self.error:
+            return "**is undecided here**"
+        return "**holds here**" if self.size > 0 else "**does not hold here**"
+
+
+def apart(
+    found: dict[str, dict[int, Point]], steps: int, name: str, nearest: Callable[..., str]
+) -> tuple[Gap, str]:
+    """How far a kind is below the best (nearest = min) of the others, or above the worst (max)."""
+    other = nearest((k for k in found if k != name), key=lambda k: found[k][steps]["fd"])
+    mine, theirs = found[name][steps], found[other][steps]
+    below = nearest is min
+    gap = theirs["fd"] - mine["fd"] if below else mine["fd"] - theirs["fd"]
+    return Gap(gap, math.hypot(mine["fd_sd"], theirs["fd_sd"]), below), other
 
 
 def draw(points: Mapping[str, Point], figure: Figure) -> None:

@@ -104,10 +104,13 @@ def read_idx(path: str | Path, ndim: int) -> NDArray[np.uint8]:
     big-endian uint32 (LeCun, "The MNIST database").
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: wrong magic number, or another length than the header says.
     """
     path = errors.path("path", path)
     count("ndim", ndim, 1, 255)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; takes an IDX file, gzipped (.gz) or not")
     try:
         # torch wants memory that may be written: a copy, or a mapping that is copied on a write
         if path.suffix == ".gz":

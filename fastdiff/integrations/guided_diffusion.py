@@ -216,7 +216,18 @@ def _state(
             f"{path}: is a pickle, read only if allow_pickle=True says so (by torch.load with "
             "weights_only, which runs no code of it; trust the file all the same before torch 2.10)"
         )
-    return torch.load(path, map_location="cpu", weights_only=True), path
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # almost anything is raised for what is damaged
+        raise ValueError(
+            f"{path}: cannot be read: damaged, or more than tensors ({type(error).__name__}); "
+            "fetch it again"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path}: holds no state dict; takes the network's weights alone")
+    return state, path
 
 
 def _numbers(text: str, kind: type) -> tuple[Any, ...]:

@@ -120,7 +120,7 @@ def streams_of(
     """
     batch = count("batch", batch, 0)
     one = isinstance(seed, int | np.integer)
-    seeds = sizes("seed", [seed] if one else seed)
+    seeds = sizes("seed", [seed] if one else seed, "an int, or one a sample")
     if not one and len(seeds) != batch:
         raise ValueError(f"seed: has {len(seeds)} entries, must be one int or {batch} of them")
     first_index = count("first_index", first_index, 0, (1 << 63) - max(1, batch))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import errors
 from ...models import UNet, UNetConfig
 from ...schedule import NoiseSchedule
 
@@ -54,11 +55,16 @@ def from_diffusers(unet: Any, scheduler: Any = None) -> UNet:
             `schedule` and `prediction`.
 
     Raises:
-        TypeError: it is no UNet2DModel.
+        TypeError: it is no UNet2DModel, or the scheduler is none of diffusers'.
         ValueError: a part of it is none that our network has; says which.
     """
     if type(unet).__name__ != "UNet2DModel":
         raise TypeError(f"unet: is a {type(unet).__name__}, must be a diffusers UNet2DModel")
+    if scheduler is not None and not hasattr(scheduler, "alphas_cumprod"):
+        raise TypeError(
+            f"scheduler: is a {type(scheduler).__name__}, must be one of diffusers'; or leave it "
+            "out, and set the model's `schedule` and `prediction`"
+        )
     config = _config(unet)
     with torch.device("meta"):
         model = UNet(config)
@@ -88,10 +94,12 @@ def to_diffusers(model: UNet) -> Any:
     reads. "No class" (label -1) has no counterpart.
 
     Raises:
+        TypeError: it is no UNet.
         ValueError: a part of the network is none that diffusers' has; says which.
     """
     from diffusers import UNet2DModel
 
+    errors.is_a("model", model, UNet)
     config, default = model.config, UNetConfig()
     for name in ("patch_size", "vocabulary", "guidance_max", "predict_both", "rescale_residual"):
         if getattr(config, name) != getattr(default, name):
