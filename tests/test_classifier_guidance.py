@@ -246,3 +246,5 @@ def test_the_command_trains_one(tmp_path, capsys):
     assert cli.main([*given, "--out", str(out)]) == 0, capsys.readouterr()
     assert load_classifier(out).outputs == 10 and "finished" in capsys.readouterr().out
     assert not list(out.glob("samples-*.png"))
+    assert cli.main([*given, "--out", str(tmp_path / "b"), "--prediction", "eps"]) == 1
+    assert "--prediction=eps: a classifier has none" in capsys.readouterr().err

@@ -230,7 +230,7 @@ def test_stages_of_something_else_are_not_gone_on_with(guided, tmp_path):
         next(other.parameters()).mul_(2)
     for said, change in {
         "guidance=3.0: the stages in .* were begun with 1.0": {"guidance": 3.0},
-        "guidance_max=2.0": {"guidance_max": 2.0},
+        "guidance=None: .* were begun with 1.0": {"guidance_max": 2.0},
         "start_steps=16: .* were begun with 8": {"start": 16, "guidance": 1.0},
         "teacher=": {"model": other, "guidance": 1.0},
     }.items():

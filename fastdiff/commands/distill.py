@@ -47,6 +47,11 @@ def run(args: argparse.Namespace) -> int:
     held_out = None
     if "split" in inspect.signature(READERS[recipe["data"]["name"]]).parameters:
         held_out = read_data(recipe["data"], args.data, args.config, split="test")
+    elif args.report_images:
+        raise ValueError(
+            f"--report-images={args.report_images}: {recipe['data']['name']} has no test images "
+            "to report on; leave it out"
+        )
     with processes(args.device) as device:
         teacher = load(args.teacher or recipe["teacher"]).to(device)
         try:

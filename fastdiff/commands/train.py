@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.config, ("model", "schedule", "data", "train"))
     classifies = args.task == "classifier"
+    for name in ("prediction", "weighting") if classifies else ():
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name}={value}: a classifier has none; leave it out")
     always = {"label_dropout": 0.0} if classifies else {}
     config = from_recipe(TrainConfig, {**always, **recipe["train"]}, args)
     data = read_data(recipe["data"], args.data, args.config)
