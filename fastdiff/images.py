@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from . import errors
+from .files import write_bytes
 from .spacing import count
 
 LARGEST = 1 << 28  # pixels of a picture
@@ -82,6 +85,26 @@ def grid(x: Tensor, columns: int | None = None, gap: int = 2, scale: int = 1) ->
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
+def save_picture(picture: Image.Image, path: str | Path, **how: Any) -> None:
+    """Write a picture whole or not at all; the name's ending gives the format.
+
+    Args:
+        picture: as `grid` makes it.
+        path: ends as pillow writes pictures: .png, .gif, .webp, ...
+        how: options of the format, as PIL.Image.Image.save takes them.
+
+    Raises:
+        ValueError: another ending.
+        OSError: naming the path and what to do; what was there is as it was.
+    """
+    path, rendered = Path(path), io.BytesIO()
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"path={str(path)!r}: must end as pictures do, in .png, .gif or .webp")
+    picture.save(rendered, kind, **how)
+    write_bytes(path, rendered.getvalue())
+
+
 def save_animation(
     frames: Sequence[Image.Image], path: str | Path, seconds: float = 3.0, hold: float = 1.5
 ) -> None:
@@ -95,6 +118,7 @@ def save_animation(
 
     Raises:
         ValueError: no frames, or another ending.
+        OSError: as `save_picture`.
     """
     path = Path(path)
     if not frames:
@@ -103,4 +127,5 @@ def save_animation(
         raise ValueError(f"path={str(path)!r}: must end in .gif, .png or .webp")
     times = [round(1000 * seconds / len(frames))] * len(frames)
     times[-1] += round(1000 * hold)
-    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=times, loop=0)
+    more = {"save_all": True, "append_images": list(frames[1:]), "duration": times, "loop": 0}
+    save_picture(frames[0], path, **more)

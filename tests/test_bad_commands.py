@@ -132,7 +132,7 @@ USUAL = {
         "--out",
         "y.npz",
     ],
-    "evaluate": ["--model", "model", "--samples", "2", "--out", "report", "--train", "y.npz"],
+    "evaluate": ["--model", "model", "--samples", "4", "--out", "report", "--train", "y.npz"],
     "train": ["--config", "recipe.json", "--out", "run"],
     "distill": ["--config", "recipe.json", "--out", "run"],
     "verify": [],

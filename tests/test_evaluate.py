@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastdiff.draw import draw_batches
 from fastdiff.evaluate import (
@@ -143,6 +145,27 @@ def test_nearest_finds_what_a_search_of_all_pairs_finds(monkeypatch):
         apart = [((image.double() - x) / 255).square().mean().sqrt().item() for x in others]
         assert apart[i] == min(apart) and d.item() == pytest.approx(min(apart), rel=1e-12)
     assert index[5] == 11 and distance[5] == 0
+
+
+def test_nearest_converts_a_block_at_a_time_whatever_the_number_of_images(monkeypatch):
+    """2,000 colour images of 64x64, 25 MB, took 779 MB more."""
+    made = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            made.extend(x for x in tree_leaves(out) if torch.is_tensor(x))
+            return out
+
+    images, others = pixels(30, 2, 5, 5), pixels(43, 2, 5, 5, seed=1)
+    expected = nearest(images, others)
+    monkeypatch.setattr(neighbours, "VALUES", 7 * 50 + 3)
+    with Watched():
+        found = nearest(images, others)
+    assert max(x.numel() for x in made if x.is_floating_point()) == 7 * 50
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    monkeypatch.setattr(neighbours, "VALUES", 1)  # less than an image has
+    assert torch.equal(nearest(images, others)[0], expected[0])
 
 
 def test_a_distance_of_one_is_black_against_white_at_any_size():

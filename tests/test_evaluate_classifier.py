@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from fastdiff.data import ImageSet, fashion_mnist
-from fastdiff.evaluate import Judge, accuracy, describe, framed, inception_features, load_classifier
+from fastdiff.evaluate import (
+    Judge,
+    accuracy,
+    describe,
+    framed,
+    inception_features,
+    load_classifier,
+    train_classifier,
+)
 from fastdiff.evaluate.classifier import CONFIG, SHIPPED, WEIGHTS, save_classifier
 from fastdiff.evaluate.train_classifier import augment, train
 from fastdiff.models.classifier import ClassifierConfig
@@ -67,6 +76,34 @@ def test_training_refuses_before_it_begins(change, said):
     given = {"data": stripes(64, 0), "config": TINY, "epochs": 1, "lr": 0.1, "batch": 32, **change}
     with pytest.raises((TypeError, ValueError), match=said):
         train(**given, bf16=False)
+
+
+def test_training_takes_any_number_of_steps():
+    for epochs in (1, 5, 10):  # of a step each
+        train(stripes(8, 0), TINY, epochs, lr=0.1, batch=8, bf16=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--out", "file"], "file: not written: File exists"),
+        (["--out", "new", "--epochs", "0"], "epochs=0: must be at least 1"),
+        (["--out", "new", "--lr", "inf"], "lr=inf: must be finite"),
+        (["--out", "new", "--device", "odd"], "'odd' is no device here"),
+        (["--out", "new", "--data", "nowhere"], "nowhere: no such folder of Fashion-MNIST"),
+    ],
+)
+def test_the_command_refuses_before_it_trains(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_classifier, "augment", None)  # a step of training fails
+    monkeypatch.setattr(
+        sys, "argv", ["train_classifier", "--data", str(SAMPLE), "--batch", "50", *words]
+    )
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        train_classifier.main()
+    assert said in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_the_judge_counts_the_images_of_the_class_asked_for(trained):

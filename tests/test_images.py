@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.images import grid, save_animation, to_uint8
+from fastdiff.images import grid, save_animation, save_picture, to_uint8
 
 
 def test_levels_are_rounded_and_clamped():
@@ -63,3 +63,28 @@ def test_bad_input_is_refused(tmp_path):
 def test_sizes_of_numpy_are_numbers_of_any_size():
     with pytest.raises(ValueError, match="columns=9223372036854775808"):
         grid(torch.zeros(1, 1, 2, 2), columns=2**63, gap=np.int64(1))
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    resource = pytest.importorskip("resource", reason="needs Unix")
+    frames = [grid(torch.full((1, 1, 99, 99), level)) for level in (-1.0, 1.0)]
+    noise = grid(torch.rand(9, 3, 32, 32))
+    for name in ("a.png", "a.gif"):
+        save_picture(frames[0], tmp_path / name)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.png: not written: File too large"):
+            save_picture(noise, tmp_path / "a.png")
+        with pytest.raises(OSError, match=r"a\.gif: not written: File too large"):
+            save_animation(frames, tmp_path / "a.gif")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+@pytest.mark.parametrize("name", ["a", "a.avi", "a.psd"])  # pillow reads .psd, and no more
+def test_a_name_that_is_no_pictures_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"path=.*{name}': must end as pictures do"):
+        save_picture(grid(torch.zeros(1, 1, 4, 4)), tmp_path / name)

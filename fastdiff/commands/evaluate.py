@@ -1,7 +1,7 @@
 """Measure how good a model's images are, beside real images, blurred ones and noise.
 
-Writes report.json, report.md, pictures and the images into --out. FD falls with the number of
-images: compare reports of equal --samples alone.
+Writes report.json, report.md, pictures and, unless --images are given, the images into --out. FD
+falls with the number of images: compare reports of equal --samples alone.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .. import errors
 from ..data import ImageSet, fashion_mnist, npz_images
+from ..data.npz import check_npz, npz_writer
 from ..draw import draw_batches
 from ..evaluate.classifier import SHIPPED, framed, load_classifier
 from ..evaluate.inception import inception_features
 from ..evaluate.judge import Judge, balanced, blurred, uniform_noise
+from ..evaluate.manifold import NEIGHBOURS
 from ..evaluate.report import (
     BLURRED,
     NOISE,
@@ -33,9 +35,18 @@ from ..evaluate.report import (
     table,
     write_report,
 )
+from ..files import make_folder
 from ..losses import BitsPerDim, bits_per_dim
 from ..models.classifier import Classifier
+from ..spacing import count as count_of
 from . import sampling
+
+ENOUGH = f": precision and recall look at {NEIGHBOURS} neighbours of an image"
+# flags that say how images are drawn, and nothing of those that are
+DRAWING = (
+    *("model", "sampler", "steps", "spacing", "eta", "clip", "seed", "engine"),
+    *("guidance", "batch"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("samples", "batch"):
-        if (value := getattr(args, name)) < 1:
-            raise ValueError(f"--{name}={value}: must be at least 1")
+    count_of("--samples", args.samples, NEIGHBOURS + 1, why=ENOUGH)
+    count_of("--batch", args.batch, 1)
+    for w in args.guidance or ():
+        errors.number("--guidance", w)
     started, progress = time.perf_counter(), sys.stderr.isatty()
     source = _model(args) if args.images is None else _file(args)
     training, test = _real(args, source.shape)
@@ -77,10 +89,10 @@ def run(args: argparse.Namespace) -> int:
         features = inception_features(args.inception, args.device, progress)
         if classifier is not None and source.shape != classifier.shape:
             classifier = None
+    make_folder(args.out)
     judge = Judge(
         _first(training, count)[0], training.images, classifier, features, progress, args.device
     )
-    args.out.mkdir(parents=True, exist_ok=True)
     real, labels = _first(test, count)
     rows = [
         judge.row(REAL, real, labels, unseen=True),
@@ -95,10 +107,10 @@ def run(args: argparse.Namespace) -> int:
     }
     for name, images, asked in source.sets():
         stem = name.replace(" ", "-")
-        arrays: dict[str, Any] = {"images": images.permute(0, 2, 3, 1).numpy()}
-        if asked is not None:
-            arrays["labels"] = asked.numpy()
-        np.savez(args.out / f"{stem}.npz", **arrays)
+        if args.images is None:
+            n, channels, height, width = images.shape
+            with npz_writer(args.out / f"{stem}.npz", (n, height, width, channels), asked) as add:
+                add(images)
         rows.insert(-2, judge.row(name, images, asked))
         columns = 10 if asked is None else min(10, len(asked.unique()))
         sample_picture(args.out / f"{stem}.png", images, columns)
@@ -136,6 +148,11 @@ def _model(args: argparse.Namespace) -> _Source:
     config, classes = model.config, model.config.num_classes
     sampler = sampling.sampler_of(args, model)
     networks = [sampling.network_at(args, model, w) for w in args.guidance or [None]]
+    if classes is None and any(weight for _, weight in networks):
+        raise ValueError(
+            f"--guidance={args.guidance}: {args.model} is told captions, and none here: nothing to "
+            "strengthen; leave it out"
+        )
     shape = config.in_channels, config.image_size, config.image_size
     progress = sys.stderr.isatty()
 
@@ -182,19 +199,36 @@ def _model(args: argparse.Namespace) -> _Source:
 def _file(args: argparse.Namespace) -> _Source:
     """Images made elsewhere: [N, C, H, W], or [N, H, W, C] as pictures are."""
     path = args.images
+    usual = argparse.ArgumentParser()
+    add_arguments(usual)
+    if given := [name for name in DRAWING if getattr(args, name) != usual.get_default(name)]:
+        flags = ", ".join(f"--{name}={getattr(args, name)}" for name in given)
+        raise ValueError(f"{flags}: --images are drawn already; leave it out")
     if not path.is_file():
         raise FileNotFoundError(f"--images={path}: no such file; takes an .npz of fastdiff sample")
-    with np.load(path, allow_pickle=False) as arrays:
-        if "images" not in arrays or arrays["images"].ndim != 4:
-            raise ValueError(f"--images={path}: must have `images`, uint8 [N, H, W, C]")
-        images = torch.from_numpy(arrays["images"])
-        labels = torch.from_numpy(arrays["labels"]).long() if "labels" in arrays else None
+    data = _read("images", path)
+    if len(data) <= NEIGHBOURS:
+        raise ValueError(
+            f"--images={path}: has {len(data)} images, must have at least {NEIGHBOURS + 1}{ENOUGH}"
+        )
+    count = min(args.samples, len(data))
+    images, labels = _first(data, count)
     if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.permute(0, 3, 1, 2).contiguous()
-    data = ImageSet(images, labels)
-    count = min(args.samples, len(data))
-    chosen = path.stem, *_first(data, count)
+    chosen = path.stem, images, labels
     return _Source(tuple(images.shape[1:]), count, {"images": str(path)}, lambda: [chosen])
+
+
+def _read(flag: str, path: Path) -> ImageSet:
+    """The images of a file, and their classes if it has some, its bytes checked."""
+    data = npz_images(path)
+    check_npz(path)
+    if data.labels is not None and data.labels.ndim > 1:
+        raise ValueError(
+            f"--{flag}={path}: has labels of {data.labels.shape[1]} tokens, as captions are; must "
+            "be a class an image: save the images without `labels`"
+        )
+    return data
 
 
 def _real(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[ImageSet, ImageSet]:
@@ -204,7 +238,7 @@ def _real(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[ImageSet, I
     if args.train is None:
         sets = [fashion_mnist(args.data, split, pad=0) for split in ("train", "test")]
     else:
-        sets = [npz_images(path) for path in (args.train, args.test)]
+        sets = [_read("train", args.train), _read("test", args.test)]
     padded = []
     for data in sets:
         try:

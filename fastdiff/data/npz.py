@@ -62,6 +62,24 @@ def npz_images(path: str | Path, flip: bool = False, pad: int = 0) -> ImageSet:
         raise ValueError(f"{path}: {error}") from None
 
 
+def check_npz(path: Path) -> None:
+    """Raise ValueError where an .npz is not what it was written as; mapping it reads no checksum.
+
+    All of it is read, a piece at a time. An .npy carries no checksum.
+    """
+    if path.suffix == ".npy":
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # zipfile raises almost anything for a damaged file
+        raise ValueError(f"{path}: cannot be read ({error}); make or fetch it again") from error
+    if damaged:
+        raise ValueError(
+            f"{path}: damaged: {damaged} does not have its checksum; make or fetch it again"
+        )
+
+
 @contextmanager
 def npz_writer(
     path: Path, shape: Sequence[int], labels: Tensor | None = None

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .. import errors
 from ..checkpoint import ASSETS, fit_state
-from ..files import read_tensors, write_bytes, write_tensors
+from ..files import make_folder, read_tensors, write_bytes, write_tensors
 from ..models.classifier import Classifier, ClassifierConfig
 from ..spacing import sizes
 
@@ -27,7 +27,7 @@ def save_classifier(
 ) -> None:
     """Write a classifier as `folder`/classifier.safetensors, in float16, and config.json."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     record = {
         "classifier": model.config.to_json(),
         "class_names": list(class_names),

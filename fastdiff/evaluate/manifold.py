@@ -8,10 +8,11 @@ from torch import Tensor
 from ..spacing import count
 from .frechet import check_features
 
+NEIGHBOURS = 3  # the paper's k
 ROWS = 1000  # of a block of distances: 10,000 columns of it are 80 MB
 
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """The part of fake that lies among real, and the part of real that lies among fake.
 
     A set's region is the union of balls around its points, each reaching to the point's k-th

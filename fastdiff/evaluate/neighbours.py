@@ -11,6 +11,7 @@ from tqdm import tqdm
 from .. import errors
 
 ROWS, COLUMNS = 2000, 10_000  # of a block of distances: 80 MB
+VALUES = 1 << 22  # of pixels that are converted at a time: 34 MB in fp64
 
 
 def nearest(
@@ -38,19 +39,21 @@ def nearest(
             f"among {tuple(among.shape)}: must hold one or more images of the shape of "
             f"images, {tuple(images.shape)}"
         )
-    found = []
-    for part in tqdm(images.split(ROWS), desc="nearest", disable=not progress):
+    most = max(1, VALUES // images[0].numel())
+    rows, columns = min(ROWS, most), min(COLUMNS, most)
+    found, apart = [], []
+    for part in tqdm(images.split(rows), desc="nearest", disable=not progress):
         x = part.to(device).flatten(1).float()
         best = torch.full((len(x),), math.inf, device=device)
         index = torch.zeros(len(x), dtype=torch.int64, device=device)
-        for first in range(0, len(among), COLUMNS):
-            y = among[first : first + COLUMNS].to(device).flatten(1).float()
+        for first in range(0, len(among), columns):
+            y = among[first : first + columns].to(device).flatten(1).float()
             # less |x|^2, which every y has in common
             low, place = torch.addmm(y.square().sum(1), x, y.T, alpha=-2.0).min(1)
             index = torch.where(low < best, first + place, index)
             best = torch.minimum(best, low)
         found.append(index.cpu())
-    nearest_ones = torch.cat(found)
-    # once more, of those alone, without the rounding of a difference of large sums
-    apart = (images.double() - among[nearest_ones].double()).flatten(1) / 255
-    return nearest_ones, apart.square().mean(1).sqrt()
+        # once more, of those alone, without the rounding of a difference of large sums
+        off = part.double().sub_(among[found[-1]]).div_(255).square_()
+        apart.append(off.flatten(1).mean(1).sqrt())
+    return torch.cat(found), torch.cat(apart)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_bytes
-from ..images import grid
+from ..images import grid, save_picture
 from ..losses import BitsPerDim
 from .judge import Row
 from .neighbours import nearest
@@ -100,12 +101,14 @@ def scale_picture(path: Path, rows: Sequence[Row]) -> None:
     axes.margins(x=0.12)
     axes.set(xscale="log", xlabel=f"Fréchet distance to {rows[0].count} real training images")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    write_bytes(path, drawn.getvalue())
 
 
 def sample_picture(path: Path, images: Tensor, columns: int) -> None:
     """A grid of the first images."""
-    grid(images[: SHOWN // columns * columns], columns, scale=2).save(path)
+    save_picture(grid(images[: SHOWN // columns * columns], columns, scale=2), path)
 
 
 def neighbour_picture(
@@ -116,4 +119,4 @@ def neighbour_picture(
     found, _ = nearest(chosen, training, device=device)
     rows = [pair for k in range(0, len(chosen), across) for pair in
             (chosen[k : k + across], training[found[k : k + across]])]  # fmt: skip
-    grid(torch.cat(rows), min(across, len(chosen)), scale=3).save(path)
+    save_picture(grid(torch.cat(rows), min(across, len(chosen)), scale=3), path)

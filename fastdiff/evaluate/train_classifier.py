@@ -16,7 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import errors
+from ..commands.device import add_device
 from ..data import ImageSet, fashion_mnist
+from ..files import make_folder
 from ..models.classifier import Classifier, ClassifierConfig
 from ..precision import autocast
 from ..spacing import count
@@ -66,7 +68,12 @@ def train(
     )
     each = len(data) // batch
     rates = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, epochs * each, pct_start=RISE, anneal_strategy="linear", cycle_momentum=False
+        optimizer,
+        lr,
+        epochs * each,
+        pct_start=RISE * (1 + 1e-9),  # a hair more: torch divides by 5 * RISE - 1 for 5 steps
+        anneal_strategy="linear",
+        cycle_momentum=False,
     )
     x0, labels = framed(data.images, model.shape).to(device), data.labels.to(device)
     bar = tqdm(total=epochs * each * batch, unit="image", unit_scale=True)
@@ -110,13 +117,17 @@ def main() -> None:
     add("--lr", type=float, default=0.1, help="peak rate (default 0.1)")
     add("--batch", type=int, default=128, help="images a step (default 128)")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     asked = parser.parse_args()
-    data, test = (fashion_mnist(asked.data, split, pad=0) for split in ("train", "test"))
-    started = time.perf_counter()
-    model = train(
-        data, ClassifierConfig(), asked.epochs, asked.lr, asked.batch, asked.seed, asked.device
-    )
+    try:
+        data, test = (fashion_mnist(asked.data, split, pad=0) for split in ("train", "test"))
+        make_folder(asked.out)  # or tell so before the work, not after it
+        started = time.perf_counter()
+        model = train(
+            data, ClassifierConfig(), asked.epochs, asked.lr, asked.batch, asked.seed, asked.device
+        )
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     seconds = time.perf_counter() - started
     assert test.labels is not None
     record = {
