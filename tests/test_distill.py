@@ -220,7 +220,12 @@ def test_stages_that_are_killed_go_on_where_they_were(guided, tmp_path):
 def test_a_folder_that_holds_stages_is_not_overwritten(guided):
     with pytest.raises(FileExistsError, match="already holds a run"):
         run(guided[0], guidance=1.0)
+    path = guided[0] / "4" / "report.json"
     run(guided[0], guidance=1.0, resume=True)  # there is nothing left to do
+    said = path.read_text()
+    path.write_text(said.replace('"step": 60', '"step": 30'))  # of a student trained less
+    run(guided[0], guidance=1.0, resume=True)
+    assert json.loads(path.read_text())["step"] == 60
 
 
 def test_stages_of_something_else_are_not_gone_on_with(guided, tmp_path):

@@ -293,6 +293,18 @@ def test_the_readers_give_every_image_once(tmp_path):
     assert export_png(tmp_path, tmp_path / "png") == NUM == len(list((tmp_path / "png").iterdir()))
 
 
+def test_a_picture_that_cannot_be_written_is_named_and_not_left_in_part(tmp_path):
+    drawn(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"000000000\.png: not written: .*make room"):
+            export_png(tmp_path, tmp_path / "png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "png").iterdir())
+
+
 def test_damaged_choices_of_the_engine_are_named(tmp_path):
     drawn(tmp_path)
     for text in ("[[", "[1]", "{}"):

@@ -205,4 +205,4 @@ def _draw(
         pictures = [images.grid(row, columns, scale=args.scale) for row in rows]
         images.save_animation(pictures, args.out)
     else:
-        images.grid(x, columns, scale=args.scale).save(args.out)
+        images.save_picture(images.grid(x, columns, scale=args.scale), args.out)

@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from .. import errors
-from ..files import make_folder, read_tensors, stamp_of, write_bytes, write_tensors
+from ..files import explain, make_folder, read_tensors, stamp_of, write_bytes, write_tensors
 from ..spacing import count, sizes
 
 JOB, MANIFEST = "job.json", "manifest.json"
@@ -254,5 +254,10 @@ def export_png(folder: str | Path, out: str | Path, progress: bool = False) -> i
         images, _ = shards.read(k)
         for j, image in enumerate(images, shards.span(k)[0]):
             pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-            Image.fromarray(pixels.numpy()).save(out / f"{j:09d}.png")
+            path = out / f"{j:09d}.png"
+            try:  # not one by one to the disk, which takes longer than to write them
+                Image.fromarray(pixels.numpy()).save(path)
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                explain(path, 0, error)
     return shards.num

@@ -127,9 +127,9 @@ def distill(
                 raise KeyboardInterrupt
         trainer.world.share(None)  # the others read what the first process has written
         student = load(folder).to(device)
-        due = config.report_images and trainer.leads and not (folder / REPORT).exists()
+        due = config.report_images and trainer.leads and not _reported(folder, stage)
         if held_out is not None and due:
-            write_report(folder, start, student, loss, held_out, config)
+            write_report(folder, start, student, loss, held_out, config, stage.steps)
         teacher = student
     return teacher
 
@@ -279,6 +279,12 @@ def _settle_engine(trainer: Trainer, loss: DistillationLoss, out: Path) -> None:
     choices = trainer.world.share(choices)
     if not trainer.leads:
         recall(choices)
+
+
+def _reported(folder: Path, stage: TrainConfig) -> bool:
+    """Whether the folder's report is of the stage's student."""
+    path = folder / REPORT
+    return path.is_file() and read_object(path).get("step") == stage.steps
 
 
 def _finished(folder: Path, stage: TrainConfig) -> bool:

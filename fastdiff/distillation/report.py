@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import ImageSet
 from ..files import write_bytes
-from ..images import grid
+from ..images import grid, save_picture
 from ..losses.distillation import DistillationLoss
 from ..models import UNet
 from ..samplers import DDIMSampler
@@ -30,8 +30,9 @@ def write_report(
     loss: DistillationLoss,
     held_out: ImageSet,
     config: DistillConfig,
+    step: int,
 ) -> None:
-    """Write report.json and samples.png.
+    """Write report.json and samples.png, of a student trained so many steps.
 
     report.json has for each of the student's timesteps the mean squared error of its output, on
     held-out images and noise: of the student, and of what it started from, which is the teacher
@@ -47,12 +48,17 @@ def write_report(
         {"t": int(t), **{name: error[k] for name, error in errors.items()}}
         for k, t in enumerate(loss.halving.t)
     ]
-    record = {"prediction": loss.target, "held out": count, "mean squared error": rows}
-    write_bytes(folder / REPORT, (json.dumps(record, indent=2) + "\n").encode())
+    record = {
+        "step": step,
+        "prediction": loss.target,
+        "held out": count,
+        "mean squared error": rows,
+    }
     pairs = zip(*(x.split(COLUMNS) for x in _samples(student, loss, config)), strict=True)
-    grid(torch.cat([row for pair in pairs for row in pair]), COLUMNS, scale=2).save(
-        folder / PICTURE
-    )
+    picture = grid(torch.cat([row for pair in pairs for row in pair]), COLUMNS, scale=2)
+    save_picture(picture, folder / PICTURE)
+    # last: where it is, all is, and of the student that is there
+    write_bytes(folder / REPORT, (json.dumps(record, indent=2) + "\n").encode())
 
 
 @torch.no_grad()

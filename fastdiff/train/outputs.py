@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import save
-from ..images import grid
+from ..images import grid, save_picture
 from ..models import UNet
 from ..models.network import Network
 from ..samplers import DDIMSampler
@@ -62,7 +62,7 @@ def draw(run: Trainer) -> None:
         seed=run.config.seed,
         cond=cond,
     )
-    grid(x, columns=COLUMNS).save(run.out / f"samples-{run.step:06d}.png")
+    save_picture(grid(x, columns=COLUMNS), run.out / f"samples-{run.step:06d}.png")
     run.metrics.images(run.step, x)
 
 
