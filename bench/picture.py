@@ -11,6 +11,7 @@ from .records import FASTDIFF, YARDSTICKS, Record
 
 COLOURS = (
     "#3b6ea5", "#8fb8de", "#c8a24a", "#4c8c5a", "#b4564f", "#8d6bb0", "#7f7f7f",
+    "#d98c4a", "#79b4a9", "#4a4a4a",
 )  # fmt: skip
 GAP = 1.2  # between rows, in bars
 

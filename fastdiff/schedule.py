@@ -7,6 +7,7 @@ on the host; samplers and losses turn it into tables. Level t runs from 0 (least
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -292,8 +293,12 @@ class NoiseSchedule:
         name, rescaled = arguments.pop("name", None), arguments.pop("zero_terminal_snr", False)
         if name not in CONSTRUCTORS:
             raise ValueError(f"schedule name={name!r}: must be one of {list(CONSTRUCTORS)}")
+        made = getattr(cls, name)
+        takes = inspect.signature(made).parameters
+        if odd := sorted(map(str, arguments.keys() - takes.keys())):
+            raise ValueError(f"schedule {name!r}: has no {odd}; takes {[*takes]}")
         try:
-            schedule = getattr(cls, name)(**arguments)
+            schedule = made(**arguments)
         except TypeError as error:
             raise ValueError(f"schedule {name!r}: {error}") from None
         return schedule.zero_terminal_snr() if rescaled else schedule

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import errors, ops
 from ..errors import one_of
 from ..halving import halve
-from ..rollout import check_conditions, placement, unconditional
+from ..rollout import begin, check_conditions, placement, unconditional
 from ..schedule import NoiseSchedule
 from . import streams
 from .device import at
@@ -55,8 +55,8 @@ class DistillationLoss:
         draws_weight, takes_weight: whether student and teacher have the weight as an input.
 
     Raises:
-        ValueError: unknown names, timesteps that do not halve, or a target or weight that is
-            infinite somewhere.
+        ValueError: unknown names, a teacher that says that it predicts something else, timesteps
+            that do not halve, or a target or weight that is infinite somewhere.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class DistillationLoss:
                 "or leave that timestep out"
             )
         errors.is_callable("teacher", teacher)
+        begin(teacher, prediction)
         self._dtype, _ = placement(teacher)
         self.draws_weight = isinstance(guidance, tuple)
         config = getattr(teacher, "config", None)
