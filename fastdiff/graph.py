@@ -5,7 +5,8 @@ and the conditions. So another seed, guidance weight, eta, spacing, number of st
 start is only other numbers in them. Captured anew is what changes the work itself: shapes, dtypes,
 which of the table's columns are in use, a callback, a gradient, autocast, the backend, and where
 the model's parameters and buffers lie, and its modules, their hooks, which of them train, and what
-settings they say they have (`extra_repr`). Rows with guidance and rows without are two graphs.
+settings those that are not torch's own say they have (`extra_repr`). Rows with guidance and rows
+without are two graphs.
 
 A graph replays what the model did when it was captured. Of a change to anything else that the
 model reads (a flag that it does not tell, a tensor that is no buffer) it learns nothing: call
@@ -317,7 +318,8 @@ def _state(module: nn.Module) -> Any:
                 id(m),
                 type(m),
                 m.training,
-                m.extra_repr(),
+                # torch's layers, whose settings hardly change, take longest to say them
+                "" if type(m).__module__.startswith("torch.") else m.extra_repr(),
                 *m._forward_hooks,
                 *m._forward_pre_hooks,
             )
