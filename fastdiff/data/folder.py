@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -119,8 +119,10 @@ def folder_images(
 def _names(root: Path) -> list[str]:
     """The pictures below a folder, sorted; hidden ones are left out."""
     found = []
-    for folder, _, files in os.walk(root, followlinks=True):
-        inside = Path(folder).relative_to(root)
+    for folder, below, files in os.walk(root, onerror=_refuse, followlinks=True):
+        place = Path(folder)
+        below[:] = [n for n in below if not n.startswith(".") and not _loops(place / n, root)]
+        inside = place.relative_to(root)
         found += [
             (inside / file).as_posix()
             for file in files
@@ -129,6 +131,18 @@ def _names(root: Path) -> list[str]:
     if not found:
         raise ValueError(f"{root}: no images in it, nor below; takes {', '.join(ENDINGS)}")
     return sorted(found)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """Without one of them, the classes would be others."""
+    message = f"{error.filename}: cannot be listed ({error.strerror}); allow reading, or remove it"
+    raise OSError(error.errno, message) from error
+
+
+def _loops(folder: Path, root: Path) -> bool:
+    """Whether a folder is one that it is in: links lead there, and on without end."""
+    above = [place for place in folder.parents if place.is_relative_to(root)]
+    return any(place.samefile(folder) for place in above)
 
 
 def _class(name: str) -> str:
