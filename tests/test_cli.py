@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -223,3 +224,31 @@ def test_the_default_model_is_the_student_of_so_many_steps(
     args = arguments(words)
     sampling.model_of(args)
     assert args.model == name
+
+
+TRAIN = {"model": {}, "schedule": {}, "data": {}, "train": {}}
+DISTILL = {"teacher": "fashion-mnist", "data": {}, "distill": {}, "train": {}}
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "said"),
+    [
+        ("train", {**TRAIN, "train": 3}, "'train' is 3, must be an object, {\"name\": value, ...}"),
+        ("train", {**TRAIN, "data": [3]}, "'data' is [3], must be an object"),
+        ("train", {**TRAIN, "model": "unet"}, "'model' is \"unet\", must be an object"),
+        ("train", {**TRAIN, "schedule": None}, "'schedule' is null, must be an object"),
+        ("distill", {**DISTILL, "data": 3}, "'data' is 3, must be an object"),
+        ("distill", {**DISTILL, "distill": True}, "'distill' is true, must be an object"),
+        ("distill", {**DISTILL, "teacher": 3}, "'teacher' is 3, must be a model's name, folder or"),
+        ("train", {"train": {}}, "has ['train']; must have the parts ['model', 'schedule',"),
+        ("train", b'{"model": "\xff"}', "not JSON ('utf-8' codec can't decode byte 0xff"),
+        ("train", b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
+        ("train", b"", "not JSON (Expecting value"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_is_named(tmp_path, capsys, command, content, said):
+    path = tmp_path / "recipe.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    assert main([command, "--config", str(path), "--out", str(tmp_path / "run")]) == 1
+    assert f"fastdiff {command}: {path}: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

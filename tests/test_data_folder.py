@@ -1,6 +1,11 @@
 """Folders of pictures: every kind that pillow reads, every way to be damaged, and the cache."""
 
+import errno
 import io
+import os
+import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -58,6 +63,42 @@ def test_a_picture_beside_classes_is_refused(classes):
     with pytest.raises(ValueError, match=r"loose\.png is in no subfolder.*classes=False"):
         read(classes)
     assert len(read(classes, classes=False)) == 4
+
+
+def test_hidden_folders_are_left_out(classes):
+    """Of a notebook's copies: they were the first class, and moved the labels of all others."""
+    write(classes / ".ipynb_checkpoints" / "1-checkpoint.png", picture(7))
+    write(classes / "b" / ".thumbnails" / "1.png", picture(8))
+    data = read(classes)
+    assert data.class_names == ("b", "c") and data.labels.tolist() == [0, 0, 1]
+    hidden = read(classes / ".ipynb_checkpoints")  # asked for by name
+    assert torch.equal(hidden.images[0], planes(picture(7)))
+
+
+@pytest.mark.parametrize(
+    ("link", "to"), [("set/c/loop", "."), ("set/b/up", ".."), ("elsewhere/out", "../set")]
+)
+def test_links_to_folders_are_followed_but_not_around(classes, tmp_path, link, to):
+    write(tmp_path / "elsewhere" / "3.png", picture(3))
+    (classes / "d").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / link).symlink_to(to)
+    data = read(classes)
+    assert data.class_names == ("b", "c", "d") and data.labels.tolist() == [0, 0, 1, 2]
+    assert torch.equal(data.images[-1], planes(picture(3)))
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(classes, monkeypatch):
+    """Left out, it would have moved the labels of all after it; permission never lacks for root."""
+    scandir = os.scandir
+
+    def denied(path):
+        if Path(path) == classes / "b":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match=rf"{classes}/b: cannot be listed \(Permission"):
+        read(classes)
 
 
 @pytest.mark.parametrize("size", [16, 64])
@@ -263,6 +304,56 @@ def test_the_cache_is_made_again_when_anything_changed(classes, tmp_path, decode
     assert again(32)[0] == 4 and again(32, channels=1)[0] == 4
 
 
+def test_the_cache_is_made_again_when_what_a_link_leads_to_changed(tmp_path, decodes):
+    write(tmp_path / "elsewhere.png", picture(0))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "0.png").symlink_to(tmp_path / "elsewhere.png")
+    (tmp_path / "set" / "1.png").symlink_to(tmp_path / "nothing.png")
+    for seed, count in ((0, 2), (0, 0), (5, 2)):
+        if seed:
+            write(tmp_path / "elsewhere.png", picture(seed))
+        decodes.clear()
+        with pytest.warns(UserWarning, match="skipped 1 of 2"):
+            data = read(tmp_path / "set", cache=tmp_path / "set.npy")
+        assert torch.equal(data.images[0], planes(picture(seed))) and len(decodes) == count
+
+
+def test_a_byte_of_a_cache_that_changed_is_no_pixel(classes, tmp_path, decodes):
+    cache = tmp_path / "set.npy"
+    expected = read(classes, cache=cache)
+    whole, images = cache.read_bytes(), expected.images.clone()
+    for at in (*range(130), 500, 1500, *range(len(whole) - 120, len(whole))):
+        cache.write_bytes(flipped(whole, at))
+        decodes.clear()
+        data = read(classes, cache=cache)
+        assert len(decodes) == 3 and torch.equal(data.images, images), at
+        assert torch.equal(data.labels, expected.labels)
+    assert cache.read_bytes() == whole
+
+
+def test_what_a_killed_process_left_of_a_cache_is_removed(classes, tmp_path):
+    code = (
+        "import os, signal\n"
+        "from fastdiff.data import folder, folder_images\n"
+        "folder.pixels.read = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"folder_images({str(classes)!r}, 16, cache={str(tmp_path / 'set.npy')!r})"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2  # the set, and what it had begun
+    read(classes, cache=tmp_path / "set.npy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "set.npy"]
+
+
+def test_names_that_are_no_text_are_cached_too(classes, tmp_path, decodes):
+    (classes / "b" / "1.png").rename(classes / "b" / os.fsdecode(b"\xff.png"))
+    (classes / "c" / os.fsdecode(b"\xfe.png")).write_bytes(b"no picture")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="skipped 1 of 4"):
+            data = read(classes, cache=tmp_path / "set.npy")
+        assert torch.equal(data.images[1], planes(picture(2))) and len(decodes) == 4
+
+
 @pytest.mark.parametrize("kept", [0, 20, 128, 500, -1])
 def test_a_damaged_cache_is_made_again(classes, tmp_path, decodes, kept):
     cache = tmp_path / "set.npy"
@@ -274,7 +365,7 @@ def test_a_damaged_cache_is_made_again(classes, tmp_path, decodes, kept):
 
 def test_a_cache_that_cannot_be_written_is_named_and_leaves_nothing(classes, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"set\.npy: cannot be written.*choose another cache"):
+    with pytest.raises(OSError, match=r"file: not written: File exists.*choose another"):
         read(classes, cache=tmp_path / "file" / "set.npy")
 
 
@@ -283,7 +374,7 @@ def test_running_out_of_disk_is_an_error_that_leaves_nothing(classes, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(OSError, match=r"set\.npy: cannot be written \(File too large"):
+        with pytest.raises(OSError, match=r"set\.npy: not written: File too large"):
             read(classes, cache=tmp_path / "set.npy")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -16,6 +16,7 @@ from ..errors import one_of
 from ..record import Record
 
 R = TypeVar("R", bound=Record)
+KINDS = {"teacher": (str, "a model's name, folder or file, in quotes")}  # of other parts: objects
 
 
 def read_recipe(path: Path, parts: Sequence[str]) -> dict[str, Any]:
@@ -23,12 +24,16 @@ def read_recipe(path: Path, parts: Sequence[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe")
     try:
-        recipe = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        recipe = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # also bytes that are no text
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(recipe, dict) or sorted(recipe) != sorted(parts):
         got = sorted(recipe) if isinstance(recipe, dict) else type(recipe).__name__
         raise ValueError(f"{path}: has {got}; must have the parts {list(parts)}")
+    for name, part in recipe.items():
+        kind, takes = KINDS.get(name, (dict, 'an object, {"name": value, ...}'))
+        if not isinstance(part, kind):
+            raise ValueError(f"{path}: {name!r} is {json.dumps(part)[:80]}, must be {takes}")
     return recipe
 
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ def folder_images(
 ) -> ImageSet:
     """The pictures of a folder and those below it, in the order of their names.
 
-    Each is cut to its middle square, resized (Lanczos', antialiased), and made grey or RGB;
+    Hidden files and folders are left out, and so are links to a folder that they are in. Each
+    picture is cut to its middle square, resized (Lanczos', antialiased), and made grey or RGB;
     transparent pixels are laid over black, and of an animation the first frame is taken. A file
     that cannot be read (damaged, empty, a decompression bomb) is skipped, and one warning at the
     end names and counts those; labels stay right.
@@ -55,15 +56,16 @@ def folder_images(
         channels: 1 (grey) or 3 (RGB).
         classes: a picture's label is its top subfolder, by the order of their names; if false, or
             without subfolders, there are none.
-        cache: a .npy file to keep the decoded images in. It is mapped, not read, so the set need
-            not fit in RAM and starts at once the second time; it is made again when a picture, or
-            how they are read, has changed.
+        cache: a .npy file to keep the decoded images in. It is mapped, so the set need not fit in
+            RAM, and the second time only its checksum is taken; it is made again when it is
+            damaged, or when a picture, or how they are read, has changed.
         flip, pad: see ImageSet.
         strict: an unreadable file is an error.
         progress: show a bar.
 
     Raises:
         FileNotFoundError: there is no such folder.
+        OSError: a folder in it cannot be listed, or the cache not be written.
         ValueError: it holds no picture that can be read, or some in subfolders and some not.
     """
     root = path("folder", folder)
@@ -104,7 +106,7 @@ def folder_images(
         found = caches.read(Path(cache), key)
         if found is None or (strict and found[1]["skipped"]):
             record = {"key": key, "kept": kept, "skipped": skipped.reasons}
-            caches.write(Path(cache), decoded(), shape, record)
+            caches.write(Path(cache), decoded(), shape, record, len(names))
             found = caches.read(Path(cache), key)
             assert found is not None
         else:
@@ -119,8 +121,10 @@ def folder_images(
 def _names(root: Path) -> list[str]:
     """The pictures below a folder, sorted; hidden ones are left out."""
     found = []
-    for folder, _, files in os.walk(root, followlinks=True):
-        inside = Path(folder).relative_to(root)
+    for folder, below, files in os.walk(root, onerror=_refuse, followlinks=True):
+        place = Path(folder)
+        below[:] = [n for n in below if not n.startswith(".") and not _loops(place / n, root)]
+        inside = place.relative_to(root)
         found += [
             (inside / file).as_posix()
             for file in files
@@ -129,6 +133,18 @@ def _names(root: Path) -> list[str]:
     if not found:
         raise ValueError(f"{root}: no images in it, nor below; takes {', '.join(ENDINGS)}")
     return sorted(found)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """Without one of them, the classes would be others."""
+    message = f"{error.filename}: cannot be listed ({error.strerror}); allow reading, or remove it"
+    raise OSError(error.errno, message) from error
+
+
+def _loops(folder: Path, root: Path) -> bool:
+    """Whether a folder is one that it is in: links lead there, and on without end."""
+    above = [place for place in folder.parents if place.is_relative_to(root)]
+    return any(place.samefile(folder) for place in above)
 
 
 def _class(name: str) -> str:
@@ -153,8 +169,11 @@ def _key(root: Path, names: Sequence[str], shape: tuple[int, ...]) -> str:
     """What changes when a picture, or the way of reading, does."""
     digest = hashlib.sha256(f"{VERSION} {shape}".encode())
     for name in names:
-        about = os.lstat(root / name)
-        digest.update(f"\0{name}\0{about.st_size}\0{about.st_mtime_ns}".encode())
+        try:
+            about = os.stat(root / name)
+        except OSError:  # a link to nowhere
+            about = os.lstat(root / name)
+        digest.update(b"\0%b\0%d\0%d" % (os.fsencode(name), about.st_size, about.st_mtime_ns))
     return digest.hexdigest()
 
 
