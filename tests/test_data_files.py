@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastdiff.cli import main
-from fastdiff.data import READERS, fashion_mnist, idx_images, npz_images
+from fastdiff.data import READERS, ImageSet, fashion_mnist, idx_images, npz_images
 
 SAMPLE = Path(__file__).parent / "data" / "fashion-mnist"
 IMAGES = np.random.default_rng(0).integers(0, 256, (50, 3, 8, 8), np.uint8)
@@ -58,6 +58,20 @@ def test_npy_is_mapped(tmp_path):
     assert mapped(tmp_path / "a.npy") and torch.equal(data.images, torch.from_numpy(IMAGES))
     data.images.zero_()
     assert np.array_equal(np.load(tmp_path / "a.npy"), IMAGES)  # the file is as it was
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_are_told_by_their_last_axis(tmp_path, channels):
+    """As `fastdiff sample` writes them; and they are mapped all the same."""
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 8, 6, channels), np.uint8)
+    np.savez(tmp_path / "a.npz", images=pictures)
+    data = npz_images(tmp_path / "a.npz", pad=1)
+    right = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    assert mapped(tmp_path / "a.npz") and torch.equal(data.images, right)
+    order, flips = torch.tensor([4, 0, 2]), torch.tensor([True, False, True])
+    exact = ImageSet(right.contiguous(), pad=1).load(order, flips)
+    for layout in (False, True):
+        assert torch.equal(data.load(order, flips, channels_last=layout), exact)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

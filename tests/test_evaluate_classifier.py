@@ -86,7 +86,7 @@ def test_training_takes_any_number_of_steps():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--out", "file"], "file: not written: File exists"),
+        (["--out", "file"], "file: not written: is a file"),
         (["--out", "new", "--epochs", "0"], "epochs=0: must be at least 1"),
         (["--out", "new", "--lr", "inf"], "lr=inf: must be finite"),
         (["--out", "new", "--device", "odd"], "'odd' is no device here"),

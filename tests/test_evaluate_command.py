@@ -248,7 +248,7 @@ def test_a_folder_that_cannot_be_made_is_named_before_work(made, tmp_path, capsy
     monkeypatch.setattr("fastdiff.commands.evaluate.Judge", None)
     (tmp_path / "out").write_text("mine")
     assert evaluate(made, tmp_path / "out") == 1
-    assert f"{tmp_path / 'out'}: not written: File exists" in capsys.readouterr().err
+    assert f"{tmp_path / 'out'}: not written: is a file" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_leaves_what_was_there(made, swept, tmp_path, capsys):

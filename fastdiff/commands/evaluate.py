@@ -213,8 +213,6 @@ def _file(args: argparse.Namespace) -> _Source:
         )
     count = min(args.samples, len(data))
     images, labels = _first(data, count)
-    if images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
-        images = images.permute(0, 3, 1, 2).contiguous()
     chosen = path.stem, images, labels
     return _Source(tuple(images.shape[1:]), count, {"images": str(path)}, lambda: [chosen])
 

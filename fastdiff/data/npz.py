@@ -24,7 +24,8 @@ from .image_set import ImageSet
 def npz_images(path: str | Path, flip: bool = False, pad: int = 0) -> ImageSet:
     """An image set from an .npz file: `images` uint8 [N, C, H, W] and, at will, `labels` int [N].
 
-    Or from an .npy file of images alone. Images that are not compressed (numpy.savez, not
+    Or from an .npy file of images alone. [N, H, W, C], as `fastdiff sample` writes them, is told by
+    a last axis of 1 or 3 where the second has neither. Images that are not compressed (numpy.savez, not
     savez_compressed) are mapped, not read: the set need not fit in RAM.
 
     Args:
@@ -53,6 +54,8 @@ def npz_images(path: str | Path, flip: bool = False, pad: int = 0) -> ImageSet:
         raise ValueError(f"{path}: has {sorted(names)}; must have `images` uint8 [N, C, H, W]")
     if images.dtype != np.uint8:
         raise ValueError(f"{path}: images {images.dtype} {images.shape}; must be uint8")
+    if images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)  # in place, mapped as it may be
     if labels is not None and labels.dtype.kind not in "iu":
         raise ValueError(f"{path}: labels {labels.dtype} {labels.shape}; must be integers")
     classes = None if labels is None else torch.from_numpy(labels.astype(np.int64))
