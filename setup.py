@@ -1,7 +1,8 @@
 """The parts of packaging that pyproject.toml cannot say: C++ through ninja, and the kernels folder.
 
-Without a C++ compiler the package installs without its kernels and runs on plain PyTorch; without
-nvcc, or with FASTDIFF_CUDA=0, without its CUDA kernels, and Triton serves GPUs.
+Without a C++ compiler or Python's headers the package installs without its kernels and runs on
+plain PyTorch; without nvcc, or with FASTDIFF_CUDA=0, without its CUDA kernels, and Triton serves
+GPUs.
 """
 
 import sys
@@ -38,8 +39,12 @@ class NinjaBuild(build_ext):
 
 
 extensions = []
+header = Path(sysconfig.get_path("include"), "Python.h")
 if ninja_build.compiler() is None:
     print("fastdiff: no C++ compiler found, installing without kernels", file=sys.stderr)
+elif not header.is_file():
+    advice = "install Python's headers (Debian: python3-dev), then fastdiff again"
+    print(f"fastdiff: no {header}, installing without kernels; {advice}", file=sys.stderr)
 else:
     extensions.append(Extension("fastdiff._C", ["csrc/bind.cpp"]))
     if nvcc.compiler():

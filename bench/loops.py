@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from .timing import now
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x, t), t a tensor of no dimensions -> output
 Loop = Iterator[Tensor]  # yields the state after each step
+PAUSE = 0.01  # seconds
 
 
 def of_diffusers(scheduler: Any, steps: int, model: Model, x: Tensor) -> Loop:
@@ -30,8 +32,8 @@ def of_plain(table: Table, model: Model, x: Tensor, dtype: torch.dtype) -> Loop:
     """A loop by hand, in place, with a float32 state; the noise, if any, is torch's."""
     x, (D, z) = x.clone(), torch.empty(2, *x.shape, device=x.device)
     t = torch.tensor(table.t, device=x.device).long()
-    for time, k in zip(t, plain.rows(table), strict=True):
-        yield plain.step_in_place(x, model(x.to(dtype), time), k, table.noisy, D=D, z=z)
+    for now_at, k in zip(t, plain.rows(table), strict=True):
+        yield plain.step_in_place(x, model(x.to(dtype), now_at), k, table.noisy, D=D, z=z)
 
 
 def compiled_step(
@@ -53,9 +55,9 @@ def compiled_step(
 def of_compiled(step: Callable[[Tensor, Tensor, Tensor], Tensor], table: Table, x: Tensor) -> Loop:
     """A loop of `compiled_step`."""
     t = torch.tensor(table.t, device=x.device).long()
-    for time, row in zip(t, table.tensor(x.device), strict=True):
+    for now_at, row in zip(t, table.tensor(x.device), strict=True):
         torch.compiler.cudagraph_mark_step_begin()
-        x = step(x, time, row).clone()
+        x = step(x, now_at, row).clone()
         yield x
 
 
@@ -64,7 +66,9 @@ class Turns:
 
     All loops so share whatever happens to the machine, and fastdiff's is its public
     `Sampler.sample`. After the run, `steps()` has the microseconds of each step, by provider; a
-    loop's preparation counts into its first. `states` has where the others ended.
+    loop's preparation counts into its first. `states` has where the others ended. Between two
+    steps OpenMP's threads, which spin for milliseconds after their work, are let fall asleep: they
+    would take a core from the one that comes next, and none from themselves.
     """
 
     def __init__(self, others: Mapping[str, Loop], device: str) -> None:
@@ -76,8 +80,15 @@ class Turns:
     def __call__(self, network: nn.Module, args: tuple[Any, ...]) -> None:
         self._lap(FASTDIFF)
         for provider, loop in self.others.items():
+            self._pause()
             self.states[provider] = next(loop)
             self._lap(provider)
+        self._pause()
+
+    def _pause(self) -> None:
+        if self.device == "cpu":
+            time.sleep(PAUSE)
+        self.since = now(self.device)
 
     def _lap(self, provider: str) -> None:
         self.times[provider].append(1e6 * (now(self.device) - self.since))

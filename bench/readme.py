@@ -102,8 +102,8 @@ def _kernels() -> Iterator[Cell]:
         ("attention, 16 x 1 head x 256 tokens x 256", "attention, bf16"),
         ("attention, 2 x 8 x 4096 x 40", "attention, many tokens, bf16"),
         ("GroupNorm + SiLU, 16x128x32x32 channels-last", "group_norm_silu, bf16"),
-        ("3x3 convolution, 16x128x32x32", "conv3x3, bf16"),
-        ("3x3 convolution, 16x128x32x32, float32", "conv3x3"),
+        ("3x3 convolution, 16x256x16x16", "conv3x3, bf16"),
+        ("3x3 convolution, 16x256x16x16, float32", "conv3x3"),
     ):
         yield Cell(kernels.SECTION, "a network's layers", line, 2, row, PLAIN)
 

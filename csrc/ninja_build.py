@@ -47,25 +47,39 @@ SANITIZERS = {
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX, or the first that is found; None without one."""
-    return next(filter(shutil.which, [os.environ.get("CXX", ""), "g++", "c++", "clang++"]), None)
+    """The C++ compiler: $CXX, with its arguments, or the first that is found; None without one."""
+    if own := os.environ.get("CXX", ""):
+        if shutil.which(own):
+            return shlex.quote(own)
+        if shutil.which(shlex.split(own)[0]):
+            return own
+        print(f"fastdiff: CXX={own} is not found, another compiler is taken", file=sys.stderr)
+    return next(filter(shutil.which, ["g++", "c++", "clang++"]), None)
+
+
+def _host_compiler() -> str:
+    """The compiler itself, for nvcc: without what starts it (ccache, ..) and its arguments."""
+    words = shlex.split(compiler() or "c++")
+    launched = len(words) > 1 and not words[1].startswith("-")
+    return shlex.quote(words[1] if launched else words[0])
 
 
 def _rules(flags: str) -> str:
+    cxx, host = ((found or "").replace("$", "$$") for found in (compiler(), _host_compiler()))
     return f"""\
 rule cxx
-  command = {compiler()} {FLAGS} {flags} $more -MMD -MF $out.d -c $in -o $out
+  command = {cxx} {FLAGS} {flags} $more -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
-  command = {compiler()} {flags} $in $more -o $out
+  command = {cxx} {flags} $in $more -o $out
 rule nvcc
-  command = nvcc {nvcc.FLAGS} -ccbin {compiler()} -Xcompiler -fPIC,-fvisibility=hidden $more $
+  command = nvcc {nvcc.FLAGS} -ccbin {host} -Xcompiler -fPIC,-fvisibility=hidden $more $
     -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule nvlink
-  command = nvcc -shared -cudart static -ccbin {compiler()} $in -o $out
+  command = nvcc -shared -cudart static -ccbin {host} $in -o $out
 """
 
 

@@ -18,6 +18,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import errors
 
@@ -32,6 +33,16 @@ _BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}  # then the reference
 
 _library = torch.library.Library("fastdiff", "DEF")
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raise where forward-mode differentiation would take a derivative for zero."""
+    for value in args:
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                f"{name}: has no forward-mode derivative, which torch.func.jvp asks for; use "
+                "torch's own functions"
+            )
 
 
 @contextmanager
@@ -291,7 +302,14 @@ class Op:
             torch.library.register_autograd(
                 f"fastdiff::{self.name}", backward, setup_context=setup_context, lib=_library
             )
+        packet = getattr(torch.ops.fastdiff, self.name).default
+
+        def call(*args: Any) -> Any:
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(self.name, args)
+            return packet(*args)
+
         # plain attributes: torch.compile cannot trace a cached_property's lock
-        object.__setattr__(self, "call", getattr(torch.ops.fastdiff, self.name).default)
+        object.__setattr__(self, "call", call)
         object.__setattr__(self, "write", getattr(torch.ops.fastdiff, self.name).out)
         return self

@@ -11,6 +11,23 @@ sys.path.insert(0, str(CSRC))
 import ninja_build  # noqa: E402
 
 
+@pytest.mark.parametrize(
+    ("said", "compiles", "hosts"),
+    [
+        ("true -m64", "true -m64", "true"),
+        ("env true -O1", "env true -O1", "true"),
+        ("", None, None),
+    ],
+)
+def test_the_compiler_is_the_one_that_is_asked_for(said, compiles, hosts, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", said)
+    if compiles:
+        assert (ninja_build.compiler(), ninja_build._host_compiler()) == (compiles, hosts)
+    monkeypatch.setenv("CXX", "nowhere -m64")
+    assert ninja_build.compiler() in (None, "g++", "c++", "clang++")
+    assert "CXX=nowhere -m64 is not found" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(ninja_build.compiler() is None, reason="no C++ compiler")
 def test_kernels_in_plain_cpp(tmp_path):
     run = subprocess.run(

@@ -7,8 +7,10 @@ reference run in the op's own precision.
 import pytest
 import torch
 from helpers import CASES
+from torch.autograd import forward_ad
 
 import fastdiff
+from fastdiff import NoiseSchedule, ops
 from fastdiff.op import missing
 from fastdiff.ops import OPS
 from fastdiff.table import COLUMNS
@@ -416,3 +418,46 @@ def test_bad_input_is_named(message):
     with pytest.raises((ValueError, TypeError)) as caught:
         BAD[message]()
     assert str(caught.value).startswith(message)
+
+
+def test_a_second_derivative_of_attention_is_refused():
+    q = torch.randn(1, 1, 8, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="attention: has no second derivative"):
+        torch.autograd.grad(ops.attention(q, q, q).sum(), q, create_graph=True)
+
+
+def test_forward_mode_is_refused_and_not_taken_for_zero():
+    x, t, schedule = torch.randn(2, 4, 3, 3), torch.tensor([1, 2]), NoiseSchedule.cosine(9)
+    table, row = torch.zeros(1, 15), torch.tensor([0])
+    calls = {
+        "group_norm_silu": lambda x: ops.group_norm_silu(x, 2, None, None, 1e-5),
+        "attention": lambda x: ops.attention(x, x, x),
+        "cfg": lambda x: ops.cfg(x, x, 2.0),
+        "step": lambda x: ops.step(x, x, table, row),
+        "noising": lambda x: ops.noising(x, t, schedule, seed=1)[0],
+        "linear": lambda x: ops.linear(x.flatten(0, 2), ops.pack_linear(torch.ones(2, 3))),
+    }
+    for name, call in calls.items():
+        for differentiate in (
+            lambda call=call: torch.func.jvp(call, (x,), (x,)),
+            lambda call=call: dual(call, x),
+        ):
+            with pytest.raises(RuntimeError, match=f"{name}: has no forward-mode derivative"):
+                differentiate()
+
+
+def dual(call, x):
+    with forward_ad.dual_level():
+        return call(forward_ad.make_dual(x, x))
+
+
+def test_the_short_way_of_step_takes_none_but_plain_tensors():
+    table, row = torch.randn(1, 15), torch.tensor([0])
+    x, m = torch.randn(2, 3), torch.randn(2, 3)
+    right = ops.step(x, m, table, row)
+    traced = torch.jit.trace(lambda x, m: ops.step(x, m, table, row), (x, m), check_trace=False)
+    assert torch.equal(traced(x, m), right)
+    flipped = torch.complex(m, -x).conj().imag
+    assert flipped.is_neg() and torch.equal(flipped, x)
+    assert torch.equal(ops.step(flipped, m, table, row), right)
+    assert not ops.step(torch.nn.Parameter(x), m, table, row).requires_grad

@@ -25,8 +25,8 @@ def npz_images(path: str | Path, flip: bool = False, pad: int = 0) -> ImageSet:
     """An image set from an .npz file: `images` uint8 [N, C, H, W] and, at will, `labels` int [N].
 
     Or from an .npy file of images alone. [N, H, W, C], as `fastdiff sample` writes them, is told by
-    a last axis of 1 or 3 where the second has neither. Images that are not compressed (numpy.savez, not
-    savez_compressed) are mapped, not read: the set need not fit in RAM.
+    a last axis of 1 or 3 where the second has neither. Images that are not compressed (numpy.savez,
+    not savez_compressed) are mapped, not read: the set need not fit in RAM.
 
     Args:
         path: the file.

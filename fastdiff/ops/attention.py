@@ -52,6 +52,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "attention: has no second derivative, which create_graph=True asks for; use torch's "
+            "own functions"
+        )
     grad_qkv = torch.ops.fastdiff.attention_backward(grads[0], *ctx.saved_tensors, ctx.scale)
     return *grad_qkv, None, None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import errors
 from ..op import Case, Op
@@ -27,6 +28,7 @@ from .randn import reference as randn_reference
 _WIDTH, _ROW_STRIDE = len(COLUMNS), (len(COLUMNS), 1)
 _is_compiling = torch.compiler.is_compiling
 _listeners = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
 
 
 def reference(
@@ -260,7 +262,8 @@ def step(
         )
     ):
         _check(x, m, table, row, m_u, v, g, h, z, streams)
-        out = OP.call(x, m, table, row, m_u, v, g, h, z, streams, 0)
+        with torch.no_grad():
+            out = OP.call(x, m, table, row, m_u, v, g, h, z, streams, 0)
         return out[0] if h is None else (out[0], out[1])
     x_next = torch.empty_like(x)
     h_next = None if h is None else torch.empty_like(x)
@@ -290,6 +293,11 @@ def _is_plain(x: Tensor, m: Tensor, table: Tensor, row: Tensor) -> bool:
         and row.dtype is torch.int64
         and row.numel() == 1
         and not _listeners()
+        and _tracing() is None
+        and forward_ad._current_level < 0
+        # of some views, as the imaginary part of a conjugate, the sign is kept beside the memory
+        and not x.is_neg()
+        and not m.is_neg()
     )
 
 
@@ -309,6 +317,7 @@ def _are_plain(
             and operand.dtype is dtype
             and operand.is_cpu
             and operand.shape == x.shape
+            and not operand.is_neg()
         ):
             return False
     return streams is None or (
