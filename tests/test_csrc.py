@@ -12,17 +12,11 @@ import ninja_build  # noqa: E402
 
 
 @pytest.mark.parametrize(
-    ("said", "compiles", "hosts"),
-    [
-        ("true -m64", "true -m64", "true"),
-        ("env true -O1", "env true -O1", "true"),
-        ("", None, None),
-    ],
+    ("said", "host"), [("true", "true"), ("true -m64", "true"), ("env true -O1", "true")]
 )
-def test_the_compiler_is_the_one_that_is_asked_for(said, compiles, hosts, monkeypatch, capsys):
+def test_the_compiler_is_the_one_that_is_asked_for(said, host, monkeypatch, capsys):
     monkeypatch.setenv("CXX", said)
-    if compiles:
-        assert (ninja_build.compiler(), ninja_build._host_compiler()) == (compiles, hosts)
+    assert (ninja_build.compiler(), ninja_build._host_compiler()) == (said, host)
     monkeypatch.setenv("CXX", "nowhere -m64")
     assert ninja_build.compiler() in (None, "g++", "c++", "clang++")
     assert "CXX=nowhere -m64 is not found" in capsys.readouterr().err
