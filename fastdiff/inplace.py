@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .engine.capture import EXPORTING
 from .engine.optimize import optimize
 from .models.conv import fused, plain
 
 OPTIONS = "_fastdiff"  # of patch, in a patched object's __dict__; a network's engine is there too
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")  # that a patched network's own call makes
+SIMPLE = int | float | str | None
 
 
 class Fast:
@@ -71,6 +74,7 @@ def fast_class(base: Any) -> Any:
             or self.training
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or _hooked(self)
         ):
             return base.forward(self, *args, **kwargs)
         return _engine(self, base)(*args, **kwargs)
@@ -98,12 +102,37 @@ def _options(network: Any) -> dict[str, Any]:
 
 
 def _engine(network: Any, base: Any) -> Any:
-    """The network's engine, for the device it is on now."""
-    state = network.__dict__[OPTIONS]
-    device = next(network.parameters()).device
-    if state.get("device") != device:
-        as_it_was = base.__new__(base)  # the same modules and weights, with the call of its class
-        as_it_was.__dict__.update(network.__dict__)
-        del as_it_was.__dict__[OPTIONS]
-        state["engine"], state["device"] = optimize(as_it_was, **_options(network)), device
-    return state["engine"]
+    """The network's engine, for the device, dtype and settings it has now."""
+    state, first = network.__dict__[OPTIONS], next(network.parameters())
+    with EXPORTING:
+        now = first.device, first.dtype, _settings(network)
+        if state.get("now") != now:
+            as_it_was = base.__new__(base)  # the same modules and weights, with its class's call
+            as_it_was.__dict__.update(network.__dict__)
+            as_it_was.__dict__.update({name: type(network.__dict__[name])() for name in HOOKS})
+            del as_it_was.__dict__[OPTIONS]
+            state["engine"], state["now"] = optimize(as_it_was, **_options(network)), now
+        return state["engine"]
+
+
+def _hooked(network: Any) -> bool:
+    """Whether a part of the network has hooks of its call, which an engine does not make."""
+    parts = network.modules()
+    next(parts)  # its own are run around its call
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def _settings(network: Any) -> list[Any]:
+    """The numbers, names and flags of its parts, but for torch's own, which hardly change them."""
+    found: list[Any] = []
+    for part in _parts(network):
+        if type(part).__module__.startswith("torch."):
+            continue
+        for name, value in vars(part).items():
+            if name == "_internal_dict":  # diffusers' configuration
+                found.append(dict(value))
+            if isinstance(value, list | tuple):
+                value = [v for v in value if isinstance(v, SIMPLE)]
+            if isinstance(value, SIMPLE | list):
+                found.append((name, value))
+    return found

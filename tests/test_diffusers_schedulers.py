@@ -345,3 +345,32 @@ def test_a_step_is_differentiable_as_there(name):
             x = out.prev_sample.detach().requires_grad_()
     torch.testing.assert_close(gradients[:2], gradients[2:], rtol=1e-3, atol=1e-3)
     assert gradients[0].std() > 0.1
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("change", ["levels", "timesteps", "sigmas"])
+def test_what_a_user_sets_is_followed(name, change):
+    """As diffusers does, also where rows were made of what was there before."""
+    if (change == "sigmas") != (name == "DPMSolverMultistepScheduler"):
+        pytest.skip("it has no such thing, or not on its own")
+    x, m = torch.randn(SHAPE), torch.randn(SHAPE)
+    found = []
+    # by its number of steps diffusers' DDIM knows where it goes, whatever the timesteps are
+    for scheduler in pair(name, {}, bug_compatible=name == "DDIMScheduler"):
+        scheduler.set_timesteps(10)
+        for again in (False, True):
+            if again and change == "levels":
+                scheduler.alphas_cumprod = scheduler.alphas_cumprod**2
+            if again and change == "timesteps":
+                scheduler.timesteps = torch.tensor([900, 300, 0])
+            if again and change == "sigmas":
+                scheduler.sigmas = scheduler.sigmas * 0.5
+                scheduler._step_index, scheduler.lower_order_nums = None, 0
+            t, how = scheduler.timesteps[0], {}
+            if name == "DDPMScheduler":
+                how["generator"] = torch.Generator().manual_seed(0)
+            out = scheduler.step(m, t, x, **how).prev_sample
+        noisy = scheduler.add_noise(x, m, t.reshape(1)) if change == "levels" else out
+        found.append((out, noisy))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, inputs, network, run
@@ -411,3 +412,101 @@ def test_what_a_gpu_gets_is_a_compiled_channels_last_copy(monkeypatch, blocks):
 
 def test_it_is_in_the_public_api():
     assert fastdiff.optimize is optimize
+
+
+class Mixed(nn.Module):
+    """Small networks of layers the engine knows and calls that it leaves to torch."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.factor = kind, 1.0
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.out, self.attend = nn.Conv2d(8, 4, 3, padding=1), nn.MultiheadAttention(8, 2)
+        self.b, self.b4 = (nn.Parameter(torch.randn(size)) for size in ((8,), (1, 8, 1, 1)))
+
+    def forward(self, x, t, flag=None):
+        h = self.conv(x)
+        if self.kind == "twice":
+            return torch.cat([self.out(h), self.out(h)[:, :2], x[:, :2]], 1)[:, 2:6] * 2
+        if self.kind == "guided":
+            a, b = self.out(torch.cat([h, h])).chunk(2)
+            return a + 2 * (a - b) + t.view(-1, 1, 1, 1)
+        if self.kind == "halves":
+            return self.out(torch.cat([h[:, :4], h[:, :4]], 1))
+        if self.kind == "bias":
+            return self.out(h + self.b.view(1, -1, 1, 1)) + self.out(h + self.b4)
+        if self.kind == "scale":
+            return self.out(self.norm(h) * (1 + self.b4) + self.b.view(1, -1, 1, 1))
+        if self.kind == "rows":
+            y = h.view(len(h), -1).view_as(h)
+            tokens = y.flatten(2).permute(2, 0, 1)
+            return self.out(self.attend(tokens, tokens, tokens)[0].permute(1, 2, 0).view_as(h))
+        if self.kind == "several":
+            return self.out(h), None, h.flatten(1).argmax(1)
+        return self.out(h) * (2.0 if flag is True else 3.0)
+
+
+KINDS = ("twice", "guided", "halves", "bias", "scale", "rows", "several", "flag")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_engine_has_no_kernel_for_is_right_all_the_same(kind, batch):
+    model = Mixed(kind).eval().requires_grad_(False)
+    fast, x, t = optimize(model), torch.randn(batch, 4, 8, 8), torch.ones(batch)
+    for flag in (True, 1, None) if kind == "flag" else (None,):
+        right, ours = model(x, t, flag), fast(x, t, flag)
+        if kind == "several":
+            assert ours[1] is None and ours[2].dtype is torch.int64
+            assert torch.equal(ours[2], right[2])
+            right, ours = right[0], ours[0]
+        assert relative(ours, right) < 1e-5
+
+
+def test_what_returns_several_values_is_named():
+    class Largest(Mixed):
+        def forward(self, x, t):
+            return self.out(self.conv(x) * self.conv(x).max(1, keepdim=True)[0])
+
+    with pytest.raises(RuntimeError, match=r"aten.max.* returns several values"):
+        optimize(Largest("").eval().requires_grad_(False))(torch.randn(1, 4, 8, 8), 3)
+
+
+def test_a_text_that_changes_in_memory_it_shares_is_noticed():
+    class Told(Mixed):
+        def forward(self, x, t, text):
+            return self.out(self.conv(x)) + torch.tanh(text).mean()
+
+    model = Told("").eval().requires_grad_(False)
+    array = np.ones((2, 5), np.float32)
+    fast, text, x = optimize(model), torch.from_numpy(array), torch.randn(2, 4, 8, 8)
+    for _ in range(2):
+        assert relative(fast(x, 1, text), model(x, 1, text)) < 1e-5
+        array *= -1
+
+
+def test_hooks_that_come_and_go_are_noticed():
+    model = Mixed("").eval().requires_grad_(False)
+    fast, x = optimize(model), torch.randn(2, 4, 8, 8)
+    plain = fast(x, 1)
+    handle = model.conv.register_forward_hook(lambda module, args, out: 2 * out)
+    assert relative(fast(x, 1), model(x, 1)) < 1e-5 < relative(plain, model(x, 1))
+    handle.remove()
+    assert torch.equal(fast(x, 1), plain)
+
+
+def test_two_engines_may_be_called_first_at_the_same_time():
+    models = [Mixed("guided").eval().requires_grad_(False) for _ in range(4)]
+    fast, x, found = [optimize(m) for m in models], torch.randn(2, 4, 8, 8), {}
+
+    def call(k):
+        found[k] = fast[k](x, torch.ones(2))
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    right = models[0](x, torch.ones(2))
+    assert all(relative(found[k], right) < 1e-5 for k in range(4))

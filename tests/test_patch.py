@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -195,9 +196,7 @@ def test_changes_after_patching_are_followed():
     def both():
         with torch.no_grad():
             got = pipe.unet(x, 9).sample
-            fastdiff.unpatch(pipe.unet)
-            expected = pipe.unet(x, 9).sample
-        fastdiff.patch(pipe.unet)
+            expected = fastdiff.unpatch(copy.deepcopy(pipe.unet))(x, 9).sample
         return got, expected
 
     same(*both())
@@ -210,6 +209,58 @@ def test_changes_after_patching_are_followed():
     same(*both())
     pipe.unet.load_state_dict(unet().state_dict())
     same(*both())
+    pipe.unet.register_to_config(center_input_sample=True)  # a setting, no weight
+    same(*both())
+    before = both()[0]
+    pipe.unet.mid_block.resnets[0].output_scale_factor = 3.0
+    assert not torch.allclose(both()[0], before)
+    same(*both())
+
+
+def test_hooks_are_run_once_and_followed():
+    network, x, seen = fastdiff.patch(unet()), torch.randn(2, 3, 16, 16), []
+    with torch.no_grad():
+        plain = network(x, 9).sample
+        outer = network.register_forward_hook(lambda m, a, out: type(out)(sample=2 * out.sample))
+        same(network(x, 9).sample, 2 * plain)
+        outer.remove()
+        same(network(x, 9).sample, plain)
+        inner = network.mid_block.register_forward_hook(
+            lambda m, a, out: seen.append(out) or 0 * out
+        )
+        for _ in range(3):
+            assert not torch.allclose(network(x, 9).sample, plain, atol=1e-3)
+        assert len(seen) == 3 and all(type(out) is torch.Tensor for out in seen)
+        inner.remove()
+        same(network(x, 9).sample, plain)
+
+
+def test_layers_that_are_listened_to_are_called_in_training_too():
+    network, x, seen = fastdiff.patch(unet()).train(), torch.randn(2, 3, 16, 16), []
+    block = network.down_blocks[0].resnets[0]
+    for layer in (block.norm1, block.conv1, block.norm2, block.conv2):
+        layer.register_forward_hook(lambda m, a, out: seen.append(m))
+    torch.nn.utils.spectral_norm(network.down_blocks[1].resnets[0].conv1)
+    network(x, 9).sample.sum().backward()
+    assert seen == [block.norm1, block.conv1, block.norm2, block.conv2]
+    assert network.down_blocks[1].resnets[0].conv1.weight_orig.grad is not None
+
+
+def test_one_network_may_be_called_first_by_several_threads():
+    network, x, found = fastdiff.patch(unet()), torch.randn(2, 3, 16, 16), {}
+
+    def call(k):
+        with torch.no_grad():
+            found[k] = network(x, 9).sample
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 and torch.equal(found[0], found[1])
+    with torch.no_grad():
+        same(found[0], fastdiff.unpatch(network)(x, 9).sample)
 
 
 def test_gradients_and_training_take_the_network_as_it_is():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 Node = Any  # a torch.fx.Node, whose arguments have no types that a checker could follow
+
+# torch.export is the process's, and gives a network's weights other meanings while it looks at it
+EXPORTING = threading.RLock()
 
 VIEWS = {
     torch.ops.aten.transpose.int,

@@ -7,7 +7,6 @@ step; what depends on the text alone is computed once for a text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ class Embedding:
         self.moving = [n for n in border if time in depends[n]]
         self.still = [n for n in border if time not in depends[n]]
         self.nodes = self.moving + self.still
-        self._known: tuple[tuple[Any, ...], list[Tensor]] | None = None
+        self._known: tuple[tuple[Tensor, ...], list[Tensor]] | None = None
         self._run: _Run | None = None
 
     def values(self, t: Tensor, rest: Sequence[Tensor]) -> list[Tensor]:
@@ -60,27 +59,26 @@ class Embedding:
     def _still(self, rest: Sequence[Tensor]) -> list[Tensor]:
         if not self.still:
             return []
-        key = _identity(rest)
-        if self._known is None or self._known[0] != key:
+        if self._known is None or not _same(rest, self._known[0]):
             env = dict(zip(self.rest, rest, strict=True))
-            self._known = key, self.captured.run(env, self.still)
-            self._alive = rest  # so that no other tensor takes an identity of theirs
+            self._known = _kept(rest), self.captured.run(env, self.still)
         return self._known[1]
 
 
-def _identity(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Equal for the same tensors, unchanged; where changes leave no trace, equal to nothing."""
-    if any(t.is_inference() for t in tensors):
-        return (object(),)
-    return tuple((id(t), t._version) for t in tensors)
+def _kept(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What they hold now: of a change through memory that is shared a tensor shows no trace."""
+    return tuple(t.clone() for t in tensors)
+
+
+def _same(tensors: Sequence[Tensor], kept: Sequence[Tensor]) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
 
 
 class _Run:
     """The rows of a run, computed in pieces that are as long as memory allows."""
 
     def __init__(self, of: Embedding, t: Tensor, rest: Sequence[Tensor]) -> None:
-        self.of, self.t, self.rest = of, t, tuple(rest)
-        self.identity = _identity(rest)
+        self.of, self.t, self.rest = of, t, _kept(rest)
         self.index = {tuple(times): i for i, times in enumerate(t.tolist())}
         width = sum(n.meta["val"].numel() for n in of.moving)
         self.length = max(1, min(len(t), _CHUNK // max(width, 1)))
@@ -89,7 +87,7 @@ class _Run:
     def find(self, t: Tensor, rest: Sequence[Tensor]) -> list[Tensor] | None:
         """The values of a row, if t and the rest are those of one."""
         i = self.index.get(tuple(t.tolist()))
-        if i is None or _identity(rest) != self.identity:
+        if i is None or not _same(rest, self.rest):
             return None
         start = i // self.length * self.length
         if self.piece is None or self.piece[0] != start:

@@ -8,11 +8,11 @@ import threading
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .arena import pages
-from .capture import capture
+from .capture import EXPORTING, capture
 from .fuse import fuse
 from .program import Program
 from .report import Report
@@ -94,7 +94,8 @@ class Engine(nn.Module):
         with torch.inference_mode(self._inferred), torch.no_grad(), _own_dtypes(), self._lock:
             program, rest = self._program(x, t, args, kwargs)
             program.load(x, t, rest)
-            outputs = [torch.empty(o.shape, dtype=x.dtype).copy_(o) for o in program.run()]
+            made = (_returned(value, x.dtype) for value in program.run())
+            outputs = [next(made) if isinstance(n, fx.Node) else n for n in program.returned]
         return program.captured.result(outputs)
 
     def prepare_rows(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -164,7 +165,7 @@ class Engine(nn.Module):
     def _inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]:
-        with self._lock:
+        with self._lock, EXPORTING:
             if self._watch.changed():
                 self._forget()
         given = list(args[:2])
@@ -197,7 +198,7 @@ class Engine(nn.Module):
             for leaf in leaves
             if isinstance(leaf, Tensor)
         )
-        signs = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves)
+        signs = tuple((v.shape, v.dtype) if isinstance(v, Tensor) else (type(v), v) for v in leaves)
         nesting = structure if HASHED else repr(structure)
         key = (x.shape, t.shape, t.dtype, signs, nesting, torch.get_num_threads())
         program = self._programs.get(key)
@@ -215,7 +216,8 @@ class Engine(nn.Module):
         ]
         args, kwargs = pytree.tree_unflatten(leaves, structure)
         x = torch.zeros(x.shape)
-        captured = capture(self._float_source(), (x, torch.zeros_like(t), *args), kwargs)
+        with EXPORTING:
+            captured = capture(self._float_source(), (x, torch.zeros_like(t), *args), kwargs)
         simplify(captured)
         fuse(captured)
         program = Program(captured, self.compute, self.memory, self._weights)
@@ -233,6 +235,13 @@ class Engine(nn.Module):
             plain = all(p.dtype == torch.float32 for p in self.source.parameters())
             self._traced.append(self.source if plain else copy.deepcopy(self.source).float())
         return self._traced[0]
+
+
+def _returned(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A result as a tensor of its own, in the input's dtype if it is a floating one."""
+    return torch.empty(
+        value.shape, dtype=dtype if value.is_floating_point() else value.dtype
+    ).copy_(value)
 
 
 def _own_dtypes() -> Any:

@@ -68,11 +68,14 @@ def _split_sum(node: Node) -> list[tuple[Node, Node]]:
 
 def _flat(captured: Captured, node: Node, before: Node) -> Node:
     """[N, C] of [N, C, 1, 1]."""
+    wanted = shape(node)[:2]
     while node.target in (aten.unsqueeze.default, aten.view.default, aten.reshape.default):
-        if len(shape(node)) == 2:
+        if shape(node) == wanted or len(shape(node.args[0])) < 2:
+            break
+        if shape(node.args[0])[0] != wanted[0]:  # the samples are one by one in it no more
             break
         node = node.args[0]
-    if len(shape(node)) == 2:
+    if shape(node) == wanted:
         return node
     with captured.graph.inserting_before(before):
         flat = captured.graph.call_function(aten.flatten.using_ints, (node, 1))
@@ -81,11 +84,23 @@ def _flat(captured: Captured, node: Node, before: Node) -> Node:
     return flat
 
 
-def _is_per_channel(node: Any, x: Node) -> bool:
-    """Whether a node holds one number a sample and channel of x."""
+def _is_per_channel(captured: Captured, node: Any, x: Node) -> bool:
+    """Whether a node holds one number a sample and channel of x, and is no weight, as of one."""
     size = shape(x)
     wanted = (*size[:2], *(1,) * (len(size) - 2))
-    return isinstance(node, fx.Node) and shape(node) == wanted != size
+    fits = isinstance(node, fx.Node) and shape(node) == wanted != size
+    return fits and _varies(captured, node)
+
+
+def _varies(captured: Captured, node: Node) -> bool:
+    """Whether a node depends on an input of the network."""
+    seen, left = {node}, [node]
+    while left:
+        if (now := left.pop()) in captured.inputs:
+            return True
+        left += [source for source in now.all_input_nodes if source not in seen]
+        seen.update(left)
+    return False
 
 
 def _embeddings(captured: Captured) -> None:
@@ -94,7 +109,7 @@ def _embeddings(captured: Captured) -> None:
         for host, e in _split_sum(node):
             if host.target is not layers.conv or len(host.users) > 1:
                 continue
-            if not _is_per_channel(e, host):
+            if not _is_per_channel(captured, e, host):
                 continue
             x, weight, bias = host.args[:3]
             flat = _flat(captured, e, node)
@@ -153,7 +168,7 @@ def _scale_shifts(captured: Captured) -> None:
 def _scale_shift(captured: Captured, node: Node, host: Any, factor: Any, shift: Any) -> bool:
     if not isinstance(host, fx.Node) or host.target is not layers.norm or len(host.users) > 1:
         return False
-    if not _is_per_channel(factor, host) or not _is_per_channel(shift, host):
+    if not all(_is_per_channel(captured, part, host) for part in (factor, shift)):
         return False
     scale = None
     if factor.target is aten.add.Tensor and len(factor.args) == 2:

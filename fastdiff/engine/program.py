@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .sites import Key, Site, Weights
 
 aten = torch.ops.aten
 _CONCATENATIONS = (aten.cat.default,)
+Slot = tuple[Node, int, int]  # of a concatenation: that, the axis and the start
 
 
 class Program:
@@ -51,13 +53,15 @@ class Program:
         self.meta: dict[Node, Tensor] = {}
         self.block_of: dict[Node, Block] = {}
         self.blocks: list[Block] = []
-        self.steps: list[tuple[Node, Node | None]] = []  # a layer, or a copy into a node
+        # a layer; or a copy into a concatenation, from its start along its axis
+        self.steps: list[tuple[Node, Slot | None]] = []
         self._slots = self._find_slots(depends)
         for node in (self.image, *self.embedding.nodes):
             self._allocate(node, 0)
         for node in self.captured.graph.nodes:
             if node.op == "output":
-                self.outputs = [n for n in node.args[0] if isinstance(n, fx.Node)]
+                self.returned = list(node.args[0])
+                self.outputs = [n for n in self.returned if isinstance(n, fx.Node)]
                 for source in self.outputs:
                     self.block_of[source].last = len(self.steps)
             elif node.op == "call_function" and self._is_computed_here(node, depends):
@@ -73,17 +77,23 @@ class Program:
     def _plan_call(self, node: Node) -> None:
         if node.target in VIEWS:
             source = node.args[0]
-            view = node.target(self.meta[source], *node.args[1:], **node.kwargs)
+            try:
+                view = node.target(self.meta[source], *node.args[1:], **node.kwargs)
+            except RuntimeError:  # no view of what lies channels-last here, as it was of plain rows
+                if node.target is not aten.view.default:
+                    raise
+                node.target = aten.reshape.default
+                view = node.target(self.meta[source], *node.args[1:], **node.kwargs)
             if _storage(view) == _storage(self.meta[source]):
                 self.meta[node], self.block_of[node] = view, self.block_of[source]
                 return
         step = len(self.steps)
         self._allocate(node, step)
         if node.target in _CONCATENATIONS:
-            for source in node.args[0]:
-                if self._slots.get(source, (None,))[0] is not node:
+            for source, slot in _parts(node):
+                if self._slots.get(source) != slot:
                     self._use(source)
-                    self.steps.append((source, node))
+                    self.steps.append((source, slot))
         else:
             for source in node.all_input_nodes:
                 self._use(source)
@@ -94,20 +104,17 @@ class Program:
         if node in self.block_of:
             self.block_of[node].last = max(self.block_of[node].last, len(self.steps))
 
-    def _find_slots(self, depends: dict[Node, Any]) -> dict[Node, tuple[Node, int, int]]:
-        """For a layer whose result is a part of a concatenation: that, the axis and the start."""
-        slots: dict[Node, tuple[Node, int, int]] = {}
+    def _find_slots(self, depends: dict[Node, Any]) -> dict[Node, Slot]:
+        """Where in a concatenation the result of a layer is written."""
+        slots: dict[Node, Slot] = {}
         for node in self.captured.graph.nodes:
             if node.target not in _CONCATENATIONS or self.image not in depends[node]:
                 continue
-            axis = (node.args[1] if len(node.args) > 1 else 0) % len(shape(node))
-            start = 0
-            for source in node.args[0]:
+            for source, slot in _parts(node):
                 made = source.op == "call_function" and source.target not in VIEWS
                 made = made and source.target not in _CONCATENATIONS
                 if made and self.image in depends[source] and source not in slots:
-                    slots[source] = node, axis, start
-                start += shape(source)[axis]
+                    slots[source] = slot
         return slots
 
     def _allocate(self, node: Node, step: int) -> None:
@@ -139,18 +146,16 @@ class Program:
         """Bind the calls, to the chosen backends or else to the first that takes a layer."""
         self.choices, self.calls = dict(choices or {}), []
         self.keys.clear()
-        for site, (node, whole) in zip(self.sites, self.steps, strict=True):
-            if whole is not None:
-                self.calls.append(self._copy(node, whole))
+        for site, (node, slot) in zip(self.sites, self.steps, strict=True):
+            if slot is not None:
+                self.calls.append(self._copy(node, slot))
                 continue
             takes = backends(site, self.memory)
             name = self.choices.setdefault(node, next(iter(takes)))
             self.calls.append(takes[name](site))
 
-    def _copy(self, source: Node, whole: Node) -> Call:
-        axis = (whole.args[1] if len(whole.args) > 1 else 0) % len(shape(whole))
-        parts = list(whole.args[0])
-        start = sum(shape(p)[axis] for p in parts[: parts.index(source)])
+    def _copy(self, source: Node, slot: Slot) -> Call:
+        whole, axis, start = slot
         target = self.values[whole].narrow(axis, start, shape(source)[axis])
         constant = self.captured.constants.get(source)
         value = self.values[source] if constant is None else constant.kept
@@ -190,6 +195,15 @@ def _seconds(call: Call) -> float:
     return time.perf_counter() - start
 
 
+def _parts(node: Node) -> Iterator[tuple[Node, Slot]]:
+    """The parts of a concatenation, of which one may come twice, and where they go."""
+    axis = (node.args[1] if len(node.args) > 1 else 0) % len(shape(node))
+    start = 0
+    for source in node.args[0]:
+        yield source, (node, axis, start)
+        start += shape(source)[axis]
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -197,6 +211,11 @@ def _storage(tensor: Tensor) -> int:
 def _laid_out(node: Node, dtype: torch.dtype) -> Tensor:
     """A tensor without memory, with the layout the kernels want: channels innermost in images."""
     value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        raise RuntimeError(
+            f"model: {node.target} returns several values, which an optimized network has no place "
+            "for; use the network itself"
+        )
     if value.is_floating_point():
         dtype = torch.float32 if value.dim() <= 2 else dtype
     else:

@@ -44,16 +44,16 @@ class Report:
         runs = [program.timed() for _ in range(rounds)]
         embedding = statistics.median(program.embedding_seconds() for _ in range(rounds))
         lines = [Line("time, class, text", "embedding", (), "torch", embedding, 0)]
-        for (node, whole), site, *times in zip(program.steps, program.sites, *runs, strict=True):
+        for (node, slot), site, *times in zip(program.steps, program.sites, *runs, strict=True):
             kind = getattr(node.target, "__name__", str(node.target)).split(".")[0]
             lines.append(
                 Line(
                     site.name,
-                    "cat" if whole is not None else kind,
+                    "cat" if slot is not None else kind,
                     tuple(program.values[node].shape) if node in program.values else (),
-                    "copy" if whole is not None else program.choices[node],
+                    "copy" if slot is not None else program.choices[node],
                     statistics.median(times),
-                    0 if whole is not None else site.flops,
+                    0 if slot is not None else site.flops,
                 )
             )
         return cls(tuple(lines))

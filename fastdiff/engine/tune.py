@@ -40,8 +40,8 @@ def recall(choices: list[Any]) -> None:
 def tune(program: Program) -> dict[Node, str]:
     """The fastest backend of each layer that has several, of a program that has its places."""
     options: dict[Node, tuple[str, tuple[str, ...]]] = {}
-    for site, (node, whole) in zip(program.sites, program.steps, strict=True):
-        names = tuple(backends(site, program.memory)) if whole is None else ()
+    for site, (node, slot) in zip(program.sites, program.steps, strict=True):
+        names = tuple(backends(site, program.memory)) if slot is None else ()
         if len(names) > 1:
             options[node] = site.signature, names
     if any(option not in _kept for option in options.values()):

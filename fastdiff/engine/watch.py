@@ -19,7 +19,8 @@ class Watch:
 
     That is: another module, parameter, buffer or attention processor (diffusers'); a weight moved,
     cast, or changed by an operation on it or, as optimizers and averages do, through its `.data`,
-    which shows in its first number. Not: another plain attribute of a module.
+    which shows in its first number; hooks of a module's call. Not: another plain attribute of a
+    module.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -27,6 +28,8 @@ class Watch:
         self._members: list[dict[str, Any]] = [m._modules for m in modules]
         for module in modules:
             self._members += filter(None, (module._parameters, module._buffers))
+        self._calls = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = list(chain.from_iterable(self._calls))
         self._parts = self._now()
         self._attending = [m.__dict__ for m in modules if "processor" in m.__dict__]
         self._processors = [own["processor"] for own in self._attending]
@@ -41,6 +44,7 @@ class Watch:
             len(parts) == len(self._parts)
             and all(map(is_, parts, self._parts))
             and [own.get("processor") for own in self._attending] == self._processors
+            and list(chain.from_iterable(self._calls)) == self._hooks
             and self._values_now() == self._values
         )
 

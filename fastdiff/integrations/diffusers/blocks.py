@@ -45,7 +45,8 @@ class FastResnetBlock2D(Fast, ResnetBlock2D):
     def _fits(self, temb: Tensor | None) -> bool:
         return (
             isinstance(self.nonlinearity, nn.SiLU)
-            and all(type(conv) in (nn.Conv2d, FusedConv2d) for conv in (self.conv1, self.conv2))
+            and all(_bare(conv, nn.Conv2d, FusedConv2d) for conv in (self.conv1, self.conv2))
+            and all(_bare(norm, nn.GroupNorm) for norm in (self.norm1, self.norm2))
             and self.time_embedding_norm in ("default", "scale_shift")
             and (temb is not None or self.time_emb_proj is None)
         )
@@ -89,4 +90,10 @@ class FastAttnProcessor(Fast, AttnProcessor2_0):
 
 def _plain(attn: Any) -> bool:
     """Whether nothing but a GroupNorm, on images, is to be done beside attention."""
-    return attn.spatial_norm is attn.norm_q is attn.norm_k is None and not attn.norm_cross
+    alone = attn.spatial_norm is attn.norm_q is attn.norm_k is None and not attn.norm_cross
+    return alone and (attn.group_norm is None or _bare(attn.group_norm, nn.GroupNorm))
+
+
+def _bare(layer: nn.Module, *kinds: type) -> bool:
+    """Whether a layer is what its weights say: one of these kinds, and none listens to its call."""
+    return type(layer) in kinds and not (layer._forward_hooks or layer._forward_pre_hooks)

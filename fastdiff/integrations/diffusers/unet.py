@@ -258,7 +258,8 @@ def _config(unet: Any) -> UNetConfig:
     if any(width % widths[0] for width in widths):
         raise ValueError(f"unet: block_out_channels={widths}: must be multiples of the first")
     scale_shift = config.resnet_time_scale_shift == "scale_shift"
-    if scale_shift and config.attn_norm_num_groups != groups:
+    usual = (groups,) if scale_shift else (None, groups)
+    if config.attn_norm_num_groups not in usual:
         raise ValueError(
             f"unet: attn_norm_num_groups={config.attn_norm_num_groups}: must be norm_num_groups, "
             f"{groups}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from operator import is_
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,9 +46,19 @@ class RowScheduler:
     timesteps: Tensor
     num_inference_steps: int
     _threshold_sample: Callable[[Tensor], Tensor]
+    _sources: list[Any]
 
     # attributes that diffusers' schedulers do not have
-    OWN = ("bug_compatible", "_made", "_thresholds", "_latest", "_levels", "_register", "_here")
+    OWN = (
+        "bug_compatible",
+        "_made",
+        "_sources",
+        "_thresholds",
+        "_latest",
+        "_levels",
+        "_register",
+        "_here",
+    )
     # what the configuration may say; anything else raises
     SUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {"prediction_type": tuple(PREDICTIONS)}
 
@@ -88,13 +99,24 @@ class RowScheduler:
         kept, here = self.__dict__.get("_here", (None, None))
         return here if kept is self.timesteps else self.timesteps.cpu().numpy()
 
+    def _forget_others(self) -> None:
+        """Forget what was made of other levels or timesteps, which users may set."""
+        own = self.__dict__
+        sources = [own.get(name) for name in ("alphas_cumprod", "timesteps", "sigmas")]
+        if not (self._sources and all(map(is_, sources, self._sources))):
+            self._forget()
+            self._sources = sources
+
     def _forget(self) -> None:
+        self._sources = []
         self._made: dict[Any, Any] = {}
         self._thresholds: bool = self.config.thresholding
         self._latest: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_made": {}, "_latest": None, "_here": (None, None)}
+        mine: dict[str, Any] = {"_made": {}, "_sources": [], "_latest": None}
+        mine["_here"] = None, None
+        return {**self.__dict__, **mine}
 
     @property
     def prediction(self) -> str:
@@ -178,6 +200,7 @@ class RowScheduler:
         return run(x, m, table, row, x0, v, z)[0], x0
 
     def _on(self, device: torch.device, how: tuple[Any, ...], preview: bool) -> Tensor:
+        self._forget_others()
         key = device, how, preview, self.bug_compatible
         table = self._made.get(key)
         if table is None:

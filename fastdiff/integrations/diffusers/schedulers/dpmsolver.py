@@ -114,6 +114,7 @@ class DPMSolverMultistepScheduler(RowScheduler, diffusers.DPMSolverMultistepSche
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
         """Rows of first order, of second, those that predict x0, and their numbers."""
+        self._forget_others()
         found = self._made.get(device)
         if found is None:
             second = self._made.get("second order") or self._second_order()
