@@ -52,6 +52,7 @@ OPTIONS = {
         {"use_exponential_sigmas": True},
         {"final_sigmas_type": "sigma_min"},
         {"final_sigmas_type": "sigma_min", "lower_order_final": False},
+        {"final_sigmas_type": "sigma_min", "use_karras_sigmas": True},
         {"final_sigmas_type": "sigma_min", "euler_at_final": True, "timestep_spacing": "leading"},
         {"thresholding": True},
         {**ZERO_SNR, "timestep_spacing": "trailing"},

@@ -132,6 +132,8 @@ class DPMSolverMultistepScheduler(RowScheduler, diffusers.DPMSolverMultistepSche
         sigmas = self.sigmas.double().numpy()
         ends_at_data = sigmas[-1] == 0
         noisy = sigmas[:-1] if ends_at_data else sigmas
+        if len(noisy) > 1 and noisy[-1] == noisy[-2]:  # with Karras' sigmas: a step to where it is
+            noisy = np.append(noisy[:-1], noisy[-1] * (1 - 1e-7))
         levels = NoiseSchedule.from_alphas_cumprod(1 / (1 + noisy[::-1] ** 2))
         t = np.arange(len(noisy))[::-1]
         return tables.dpmpp_2m(
