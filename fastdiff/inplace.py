@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .engine.capture import EXPORTING
+from .engine.engine import Engine
 from .engine.optimize import optimize
 from .models.conv import fused, plain
 
@@ -77,7 +79,9 @@ def fast_class(base: Any) -> Any:
             or _hooked(self)
         ):
             return base.forward(self, *args, **kwargs)
-        return _engine(self, base)(*args, **kwargs)
+        engine = _engine(self, base)
+        call = engine if isinstance(engine, Engine) else functools.partial(_cast, engine)
+        return call(*args, **kwargs)
 
     def reduce(self: Any, protocol: int) -> Any:
         return _blank, (base,), {**self.__dict__, OPTIONS: _options(self)}
@@ -112,7 +116,32 @@ def _engine(network: Any, base: Any) -> Any:
             as_it_was.__dict__.update({name: type(network.__dict__[name])() for name in HOOKS})
             del as_it_was.__dict__[OPTIONS]
             state["engine"], state["now"] = optimize(as_it_was, **_options(network)), now
-        return state["engine"]
+            state["weights"] = _weights(network)
+        engine = state["engine"]
+        # a GPU's is a copy, compiled, whose weights are to be those of the network
+        if not isinstance(engine, Engine) and state["weights"] != (weights := _weights(network)):
+            engine.load_state_dict(network.state_dict())
+            state["weights"] = weights
+        return engine
+
+
+def _weights(network: Any) -> list[tuple[int, int]]:
+    """Where a network's weights lie and how often they have changed: nothing is read from them."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+def _cast(engine: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A call in the engine's dtype, whose results are in that of the image, which comes first."""
+    inside = next(engine.parameters()).dtype
+    given = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    outside = next((v.dtype for v in given if v.is_floating_point()), inside)
+
+    def to(dtype: torch.dtype, tree: Any) -> Any:
+        return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+
+    args, kwargs = to(inside, (args, kwargs))
+    return to(outside, engine(*args, **kwargs))
 
 
 def _hooked(network: Any) -> bool:

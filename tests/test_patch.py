@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import fastdiff
+from fastdiff import inplace
+from fastdiff.engine.optimize import compiled
 from fastdiff.inplace import Fast
 from fastdiff.integrations import diffusers as ours
 
@@ -215,6 +217,21 @@ def test_changes_after_patching_are_followed():
     pipe.unet.mid_block.resnets[0].output_scale_factor = 3.0
     assert not torch.allclose(both()[0], before)
     same(*both())
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_compiled_copy_has_the_networks_weights_and_the_callers_dtype(monkeypatch, dtype):
+    """What a GPU gets, made here."""
+    monkeypatch.setattr(inplace, "optimize", lambda net, dtype, memory: compiled(net, dtype))
+    monkeypatch.setitem(compiled.__globals__, "missing", lambda name: "left out")
+    network, x = fastdiff.patch(unet(), dtype=dtype), torch.randn(2, 3, 16, 16)
+    for factor in (1.0, 1.5, 0.5):
+        with torch.no_grad():
+            network.conv_out.weight.mul_(factor)
+            got = network(x, torch.tensor(9)).sample
+            right = fastdiff.unpatch(copy.deepcopy(network))(x, 9).sample
+        assert got.dtype is torch.float32
+        assert (got - right).norm() < (1e-5 if dtype is None else 0.03) * right.norm()
 
 
 def test_hooks_are_run_once_and_followed():
