@@ -110,10 +110,12 @@ def verdict(many: dict[str, dict[int, Point]], few: dict[str, dict[int, Point]])
     best, rival = apart(many, start, plain, min)
     worst, above = apart(many, start, most, max)
     late, other = apart(few, FULL, most, min)
+    noise = gap(few["eta 1"][FULL], few[plain][FULL])
     return (
         f"At {start} steps {plain} is {best.said} {rival}: that it is the best {best.standing}. "
         f"{most} is {worst.said} {above}: that it fails {worst.standing}. At {FULL} steps {most} "
-        f"is {late.said} {other}: that it is the best {late.standing}."
+        f"is {late.said} {other}: that it is the best {late.standing}. That DDPM (eta 1) is better "
+        f"than DDIM ({plain}) there {noise.standing}: it is {noise.said}."
     )
 
 
@@ -142,10 +144,13 @@ def apart(
 ) -> tuple[Gap, str]:
     """How far a kind is below the best (nearest = min) of the others, or above the worst (max)."""
     other = nearest((k for k in found if k != name), key=lambda k: found[k][steps]["fd"])
-    mine, theirs = found[name][steps], found[other][steps]
-    below = nearest is min
-    gap = theirs["fd"] - mine["fd"] if below else mine["fd"] - theirs["fd"]
-    return Gap(gap, math.hypot(mine["fd_sd"], theirs["fd_sd"]), below), other
+    return gap(found[name][steps], found[other][steps], nearest is min), other
+
+
+def gap(mine: Point, theirs: Point, below: bool = True) -> Gap:
+    """How far a distance is below another, or above it."""
+    size = theirs["fd"] - mine["fd"] if below else mine["fd"] - theirs["fd"]
+    return Gap(size, math.hypot(mine["fd_sd"], theirs["fd_sd"]), below)
 
 
 def draw(points: Mapping[str, Point], figure: Figure) -> None:
