@@ -147,6 +147,7 @@ class Op:
     `cpp(*inputs, *outputs)` goes before these on the CPU.
     `backward` is torch.library's pair (setup_context, backward). Once registered, `call(*inputs)`
     is the functional form and `write(*inputs, **outputs)` the one that writes into its outputs.
+    The record itself, called, is `call`, but for forward-mode differentiation, which it refuses.
     """
 
     name: str
@@ -167,6 +168,11 @@ class Op:
     _launchers: dict[tuple[str | None, str], Callable[..., None]] = field(
         init=False, default_factory=dict
     )
+
+    def __call__(self, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(self.name, args)
+        return self.call(*args)
 
     def launcher(self, device: str) -> Callable[..., None]:
         """The launcher of the active backend for tensors on `device` ("cpu" or "cuda")."""
@@ -302,14 +308,7 @@ class Op:
             torch.library.register_autograd(
                 f"fastdiff::{self.name}", backward, setup_context=setup_context, lib=_library
             )
-        packet = getattr(torch.ops.fastdiff, self.name).default
-
-        def call(*args: Any) -> Any:
-            if forward_ad._current_level >= 0:
-                _refuse_tangents(self.name, args)
-            return packet(*args)
-
         # plain attributes: torch.compile cannot trace a cached_property's lock
-        object.__setattr__(self, "call", call)
+        object.__setattr__(self, "call", getattr(torch.ops.fastdiff, self.name).default)
         object.__setattr__(self, "write", getattr(torch.ops.fastdiff, self.name).out)
         return self

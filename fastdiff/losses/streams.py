@@ -34,4 +34,4 @@ def draw(
     row = check_row(row)
     streams = streams_of(seed, batch, first_index, device=device)
     streams[:, 1] += domain
-    return OP.call(tuple(shape), streams, row, bits)
+    return OP(tuple(shape), streams, row, bits)

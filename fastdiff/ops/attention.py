@@ -214,4 +214,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if not errors.number("scale", scale) > 0:
         raise ValueError(f"scale={scale}: must be above 0 and finite")
     with_lse = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return OP.call(q, k, v, scale, with_lse)[0]
+    return OP(q, k, v, scale, with_lse)[0]

@@ -99,6 +99,6 @@ def cfg(m_cond: Tensor, m_uncond: Tensor, w: float | Tensor) -> Tensor:
     errors.like("m_uncond", m_uncond, "m_cond", m_cond)
     errors.has_dtype("m_uncond", m_uncond, (m_cond.dtype,))
     if not isinstance(w, Tensor):
-        return OP.call(m_cond, m_uncond, None, errors.number("w", w))
+        return OP(m_cond, m_uncond, None, errors.number("w", w))
     errors.per_sample("w", w, torch.float32, "m_cond", m_cond)
-    return OP.call(m_cond, m_uncond, w.contiguous(), 0.0)
+    return OP(m_cond, m_uncond, w.contiguous(), 0.0)

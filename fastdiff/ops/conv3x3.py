@@ -212,7 +212,7 @@ def conv3x3(
     asked for: it carries none.
     """
     _check(x, weight, bias, residual, upsample)
-    return OP.call(x, weight, bias, residual, upsample)
+    return OP(x, weight, bias, residual, upsample)
 
 
 def _check(

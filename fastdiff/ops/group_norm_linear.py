@@ -144,4 +144,4 @@ def group_norm_linear(
     if bias is not None:
         group_norm_silu.check_parameter("bias", bias, x, weight.shape[:1])
     errors.no_gradient(x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
-    return OP.call(x, groups, norm_weight, norm_bias, eps, weight, bias)
+    return OP(x, groups, norm_weight, norm_bias, eps, weight, bias)

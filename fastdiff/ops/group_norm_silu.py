@@ -254,7 +254,7 @@ def group_norm_silu(
     for name, value in {"scale": scale, "shift": shift}.items():
         if value is not None:
             check_parameter(name, value, x, x.shape[:2])
-    return OP.call(x, groups, weight, bias, eps, scale, shift, silu)
+    return OP(x, groups, weight, bias, eps, scale, shift, silu)
 
 
 def check_norm(x: Tensor, groups: int, eps: float, **of_channels: Tensor | None) -> None:

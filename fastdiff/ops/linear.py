@@ -220,4 +220,4 @@ def linear(
                 f"residual: has shape {tuple(residual.shape)} and strides {residual.stride()}, "
                 f"must be {size} as the result, with the elements of a row adjacent"
             )
-    return OP.call(x, weight, bias, residual)
+    return OP(x, weight, bias, residual)

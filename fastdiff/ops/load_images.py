@@ -156,4 +156,4 @@ def load_images(
         flips = flips.contiguous()
     check_pad(pad)
     errors.one_of("dtype", dtype, DTYPES)
-    return OP.call(images, index.contiguous(), flips, pad, dtype, channels_last)
+    return OP(images, index.contiguous(), flips, pad, dtype, channels_last)

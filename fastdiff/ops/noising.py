@@ -166,7 +166,7 @@ def noising(
             seed = int(torch.randint(1 << 62, ()))
         streams = streams_of(seed, len(x0), first_index, device=x0.device)
     table = _coefficients(schedule, prediction, x0.device)
-    return OP.call(x0, t.contiguous(), table, noise, streams, row)
+    return OP(x0, t.contiguous(), table, noise, streams, row)
 
 
 def _coefficients(schedule: NoiseSchedule, prediction: str, device: torch.device) -> Tensor:

@@ -172,4 +172,4 @@ def pack_conv3x3(
             f"weight: has shape {shape}, must be (K, C, 3, 3) with {K} a multiple of {PANEL} and "
             f"{C} of {CHANNELS}; leave other convolutions to torch"
         )
-    return OP.call(weight.detach().float(), tile, dtype == torch.bfloat16, transposed)
+    return OP(weight.detach().float(), tile, dtype == torch.bfloat16, transposed)

@@ -151,7 +151,7 @@ def _draw(
         raise ValueError(f"shape={shape}: a sample can have at most 2^34 elements")
     row = check_row(row)
     streams = streams_of(seed, shape[0], first_index, device=device)
-    return OP.call(shape, streams, row, bits)
+    return OP(shape, streams, row, bits)
 
 
 def randn(

@@ -263,7 +263,7 @@ def step(
     ):
         _check(x, m, table, row, m_u, v, g, h, z, streams)
         with torch.no_grad():
-            out = OP.call(x, m, table, row, m_u, v, g, h, z, streams, 0)
+            out = OP(x, m, table, row, m_u, v, g, h, z, streams, 0)
         return out[0] if h is None else (out[0], out[1])
     x_next = torch.empty_like(x)
     h_next = None if h is None else torch.empty_like(x)

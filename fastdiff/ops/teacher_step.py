@@ -174,4 +174,4 @@ def teacher_step(
         weights, w = w.contiguous(), None
     errors.no_gradient(z=z, m=m, z_t=z_t, m_uncond=m_uncond, w=weights)
     row = table.contiguous(), i.contiguous()
-    return OP.call(z, m, *row, z_t, m_uncond, weights, 0.0 if w is None else errors.number("w", w))
+    return OP(z, m, *row, z_t, m_uncond, weights, 0.0 if w is None else errors.number("w", w))

@@ -139,4 +139,4 @@ def weighted_mse(
         raise ValueError("weights: requires a gradient, must be constants; detach it")
     errors.per_sample("t", t, torch.int64, "output", output)
     errors.in_range("t", t, len(weights))
-    return OP.call(output, target, weights.contiguous(), t.contiguous())
+    return OP(output, target, weights.contiguous(), t.contiguous())
