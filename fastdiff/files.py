@@ -168,7 +168,7 @@ def make_folder(folder: Path) -> None:
         OSError: naming it and what to do.
     """
     if folder.is_file():
-        message = f"{folder}: not written: is a file; choose the name of a folder"
+        message = f"{folder}: not written: is a file, must be a folder; choose another"
         raise FileExistsError(errno.EEXIST, message)
     try:
         if not folder.is_dir():

@@ -375,3 +375,20 @@ def test_what_a_user_sets_is_followed(name, change):
         found.append((out, noisy))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_copy_made_in_the_middle_of_a_run_goes_on(name):
+    scheduler, x = pair(name, {})[0], torch.randn(SHAPE)
+    scheduler.set_timesteps(6)
+    for i, t in enumerate(scheduler.timesteps):
+        if i == 3:
+            again = pickle.loads(pickle.dumps(scheduler))
+            y = x
+        how = {"generator": torch.Generator().manual_seed(i)} if name == "DDPMScheduler" else {}
+        x = scheduler.step(0.3 * x, t, x, **how).prev_sample
+        if i >= 3:
+            if how:
+                how["generator"].manual_seed(i)
+            y = again.step(0.3 * y, t, y, **how).prev_sample
+            assert torch.equal(x, y)

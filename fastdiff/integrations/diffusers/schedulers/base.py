@@ -101,11 +101,15 @@ class RowScheduler:
 
     def _forget_others(self) -> None:
         """Forget what was made of other levels or timesteps, which users may set."""
-        own = self.__dict__
-        sources = [own.get(name) for name in ("alphas_cumprod", "timesteps", "sigmas")]
-        if not (self._sources and all(map(is_, sources, self._sources))):
+        now = self._sources_now()
+        if self._sources and not all(map(is_, now, self._sources)):
             self._forget()
-            self._sources = sources
+        self._sources = now
+
+    def _sources_now(self) -> list[Any]:
+        kept, here = self.__dict__.get("_here", (None, None))
+        timesteps = here if kept is self.timesteps else self.timesteps  # on whatever device
+        return [self.alphas_cumprod, timesteps, self.__dict__.get("sigmas")]
 
     def _forget(self) -> None:
         self._sources = []

@@ -48,7 +48,7 @@ class DPMSolverMultistepScheduler(RowScheduler, diffusers.DPMSolverMultistepSche
     ) -> None:
         """As diffusers'."""
         self._set_timesteps(num_inference_steps, device, mu=mu, timesteps=timesteps)
-        self._made["second order"] = self._second_order()
+        self._made["second order"], self._sources = self._second_order(), self._sources_now()
 
     def _retime(self, timesteps: list[int]) -> None:
         diffusers.DPMSolverMultistepScheduler.set_timesteps(self, timesteps=timesteps)
