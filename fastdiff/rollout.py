@@ -51,8 +51,8 @@ def begin(model: Model, prediction: str | None) -> None:
     says = getattr(model, "prediction", None)
     if prediction is not None and isinstance(says, str) and says != prediction:
         raise ValueError(
-            f"prediction={prediction!r}: this model says that it predicts {says!r}; make the "
-            "sampler with prediction=model.prediction"
+            f"prediction={prediction!r}: this model says that it predicts {says!r}; give "
+            "prediction=model.prediction"
         )
     for part in model.modules() if isinstance(model, torch.nn.Module) else ():
         if forget := getattr(part, "forget_run", None):

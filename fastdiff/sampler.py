@@ -91,9 +91,10 @@ class Sampler:
             raise ValueError(f"shape={shape}: must be (B, C, ...), every size at least 1")
         if guidance is not None:
             with errors.naming("guidance"):
-                table = table.with_guidance(guidance)
-            with errors.naming("guidance_interval"):
-                table = self.table.with_guidance(guidance, interval)
+                table = self.table.with_guidance(guidance)
+            if interval is not None:
+                with errors.naming("guidance_interval"):
+                    table = self.table.with_guidance(guidance, interval)
         elif interval is not None and not table.classifier:
             raise ValueError("guidance_interval: was given without guidance; give its weight w")
         if interval is not None and table.classifier:

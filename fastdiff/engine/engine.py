@@ -239,9 +239,8 @@ class Engine(nn.Module):
 
 def _returned(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A result as a tensor of its own, in the input's dtype if it is a floating one."""
-    return torch.empty(
-        value.shape, dtype=dtype if value.is_floating_point() else value.dtype
-    ).copy_(value)
+    dtype = dtype if value.is_floating_point() else value.dtype
+    return torch.empty(value.shape, dtype=dtype).copy_(value)
 
 
 def _own_dtypes() -> Any:
