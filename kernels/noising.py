@@ -8,14 +8,16 @@ from torch import Tensor
 
 from .launch import Launch, launcher, tiled
 from .philox import normals
-from .tile import load, store, tile
+from .tile import entry, load, row_of, store, tile
 
 
-@triton.jit(do_not_specialize=["row"])
-def noising_kernel(x0, noise, x_t, target, t, table, streams, row, shape, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "row"])
+def noising_kernel(
+    x0, noise, x_t, target, t, table, rows, streams, row, shape, BLOCK: tl.constexpr
+):
     sample, elements = tile(shape, BLOCK)
-    k = table + 4 * tl.load(t + sample)
-    alpha, sigma, tx, tz = tl.load(k), tl.load(k + 1), tl.load(k + 2), tl.load(k + 3)
+    k = row_of(table, tl.load(t + sample), rows, 4)
+    alpha, sigma, tx, tz = entry(k, 0), entry(k, 1), entry(k, 2), entry(k, 3)
     x = load(x0, sample, elements, shape)
     if noise is not None:
         z = load(noise, sample, elements, shape)
@@ -36,7 +38,8 @@ def plan(
     target: Tensor,
 ) -> list[Launch]:
     operands = {"x0": x0, "noise": noise, "x_t": x_t, "target": target}
-    return tiled(noising_kernel, operands, streams=streams, t=t, table=table, row=row)
+    args = {"t": t, "table": table, "rows": len(table), "row": row}
+    return tiled(noising_kernel, operands, streams=streams, **args)
 
 
 launch = launcher(plan)

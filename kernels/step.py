@@ -13,7 +13,7 @@ from torch import Tensor
 from ..table import COLUMNS
 from .launch import Launch, launcher, tiled
 from .philox import normals
-from .tile import load, store, tile
+from .tile import entry, load, row_of, store, tile
 
 WIDTH = tl.constexpr(len(COLUMNS))
 _NAMES = ("c_in", "w", "px", "pm", "clip", "q", "a", "b", "c", "n", "s", "l", "d", "e")
@@ -45,30 +45,30 @@ def step_kernel(
 ):
     sample, elements = tile(shape, BLOCK)
     i = tl.load(row)
-    k = table + WIDTH * i
+    k = row_of(table, i, rows, WIDTH)
     x, m = load(x, sample, elements, shape), load(m, sample, elements, shape)
     if m_u is not None:
         m_u = load(m_u, sample, elements, shape)
-        m = m_u + (tl.load(k + W) + 1) * (m - m_u)
+        m = m_u + (entry(k, W) + 1) * (m - m_u)
     r = 1.0
     if v is not None:
-        r = tl.exp(tl.load(k + L) * load(v, sample, elements, shape))
-    clip = tl.load(k + CLIP)
-    x0 = tl.load(k + PX) * x + tl.load(k + PM) * m
+        r = tl.exp(entry(k, L) * load(v, sample, elements, shape))
+    clip = entry(k, CLIP)
+    x0 = entry(k, PX) * x + entry(k, PM) * m
     x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
     if g is not None:
-        x0 += tl.load(k + Q) * r * r * load(g, sample, elements, shape)
-    new_x = tl.load(k + A) * x + tl.load(k + B) * x0 + tl.load(k + N) * m
+        x0 += entry(k, Q) * r * r * load(g, sample, elements, shape)
+    new_x = entry(k, A) * x + entry(k, B) * x0 + entry(k, N) * m
     if h is not None:
-        new_x += tl.load(k + C) * load(h, sample, elements, shape)
-        store(h_next, sample, elements, shape, tl.load(k + D) * x + tl.load(k + E) * x0)
+        new_x += entry(k, C) * load(h, sample, elements, shape)
+        store(h_next, sample, elements, shape, entry(k, D) * x + entry(k, E) * x0)
     if z is not None:
-        new_x += tl.load(k + S) * r * load(z, sample, elements, shape)
+        new_x += entry(k, S) * r * load(z, sample, elements, shape)
     elif streams is not None:
-        new_x += tl.load(k + S) * r * normals(streams, i, sample, elements)
+        new_x += entry(k, S) * r * normals(streams, i, sample, elements)
     store(x_next, sample, elements, shape, new_x)
     if model_input is not None:
-        c_in = tl.load(table + WIDTH * tl.minimum(i + 1, rows - 1) + C_IN)
+        c_in = entry(row_of(table, tl.minimum(i + 1, rows - 1), rows, WIDTH), C_IN)
         for copy in tl.static_range(COPIES):
             store(model_input, sample + copy * batch, elements, shape, c_in * new_x)
 

@@ -1,4 +1,4 @@
-"""The device's side of a launch: which elements a program handles, and where they lie."""
+"""The device's side of a launch: which elements a program handles, and where things lie."""
 
 import triton
 import triton.language as tl
@@ -35,6 +35,19 @@ def address(operand, sample, elements, shape):
         i1 = (rest // d2).to(tl.int64)
         inner = i1 * s1 + i2 * s2 + i3 * s3
     return pointer + sample * s0 + inner
+
+
+@triton.jit
+def row_of(table, index, rows, width):
+    """Row `index` of a table of rows x width: where it lies, and whether there is one."""
+    return table + index * width, (index >= 0) & (index < rows)
+
+
+@triton.jit
+def entry(row, column):
+    """A row's value in a column; NaN where there is no such row, so that it shows."""
+    pointer, known = row
+    return tl.load(pointer + column, known, float("nan"))
 
 
 @triton.jit

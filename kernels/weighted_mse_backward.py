@@ -8,15 +8,26 @@ from torch import Tensor
 
 from ..ops.weighted_mse_backward import scale as scale_of
 from .launch import Launch, launcher, tiled
-from .tile import load, store, tile
+from .tile import entry, load, row_of, store, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["times"])
 def weighted_mse_backward_kernel(
-    output, target, grad_output, grad_target, grad, weights, t, scale, shape, BLOCK: tl.constexpr
+    output,
+    target,
+    grad_output,
+    grad_target,
+    grad,
+    weights,
+    times,
+    t,
+    scale,
+    shape,
+    BLOCK: tl.constexpr,
 ):
     sample, elements = tile(shape, BLOCK)
-    slope = scale * tl.load(weights + tl.load(t + sample)) * tl.load(grad + sample)
+    weight = entry(row_of(weights, tl.load(t + sample), times, 1), 0)
+    slope = scale * weight * tl.load(grad + sample)
     full = load(output, sample, elements, shape) - load(target, sample, elements, shape)
     full *= slope
     store(grad_output, sample, elements, shape, full)
@@ -36,8 +47,8 @@ def plan(
 ) -> list[Launch]:
     operands: dict[str, Tensor | None] = {"output": output, "target": target}
     operands |= {"grad_output": grad_output, "grad_target": grad_target}
-    rest = {"grad": grad, "weights": weights, "t": t, "scale": scale_of(output)}
-    return tiled(weighted_mse_backward_kernel, operands, **rest)
+    rest = {"grad": grad, "weights": weights, "times": len(weights), "t": t}
+    return tiled(weighted_mse_backward_kernel, operands, **rest, scale=scale_of(output))
 
 
 launch = launcher(plan)

@@ -208,6 +208,47 @@ def test_images_are_read_beyond_32_bits(far, monkeypatch):
     assert torch.equal(run("load_images", inputs)[0], OPS["load_images"].reference(*inputs)[0])
 
 
+WRONG = (-1, 0, 1 << 40)  # of a table, from its first row and from its end
+
+
+def among_others(table):
+    """The same values with others around them in memory, which a wrong index would read."""
+    return torch.cat([torch.ones_like(table), table, torch.ones_like(table)]).chunk(3)[1]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("case", ["history", "everything", "ddim-input"])
+def test_a_row_out_of_the_table_makes_nan(case, wrong):
+    """Nothing is read back to refuse it; each result shows it, and no other memory is read."""
+    x, m, table, _, *rest = inputs_of("step", case)
+    row = torch.tensor(wrong if wrong < 0 else wrong + len(table))
+    outputs = run("step", (x, m, among_others(table), row, *rest))
+    assert all(out.isnan().all() for out in outputs if out is not None)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize(
+    "name, case, table, t",
+    [
+        ("noising", "seeded", 2, 1),
+        ("noising", "given-bf16", 2, 1),
+        ("teacher_step", "step", 2, 3),
+        ("teacher_step", "each-bf16", 2, 3),
+        ("weighted_mse", "fp32", 2, 3),
+        ("weighted_mse_backward", "fp32", 3, 4),
+        ("weighted_mse_backward", "mixed-both", 3, 4),
+    ],
+)
+def test_a_timestep_out_of_the_table_makes_its_sample_nan_and_no_other(name, case, table, t, wrong):
+    inputs = list(inputs_of(name, case))
+    inputs[t] = torch.zeros_like(inputs[t])
+    inputs[t][0] = wrong if wrong < 0 else wrong + len(inputs[table])
+    inputs[table] = among_others(inputs[table])
+    for out in run(name, inputs)[: 1 if name == "weighted_mse" else 2]:
+        if out is not None:
+            assert out[0].isnan().all() and not out[1:].isnan().any()
+
+
 def test_an_index_out_of_range_makes_its_image_nan_and_no_other():
     images, _, flips, *how = inputs_of("load_images", "flip-pad")
     (x0,) = run("load_images", (images, torch.tensor([-1, 6, 7]), flips, *how))
