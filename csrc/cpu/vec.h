@@ -130,8 +130,9 @@ FD_MEMBER Vec load_first(const float* from) {
 
 template <int count>
 FD_MEMBER void store_first(float* to, Vec a) {
-  _mm256_maskstore_ps(to, first_of_eight<count>(), a.low);
-  _mm256_maskstore_ps(to + 8, first_of_eight<count - 8>(), a.high);
+  float lanes[kVec];
+  store(lanes, a);
+  memcpy(to, lanes, sizeof(float) * count);  // some processors take tens of cycles for a mask
 }
 
 // Lanes across the diagonal of eight vectors: blocks of 4, then of 2 and 1.
