@@ -176,6 +176,21 @@ def test_guidance_needs_classes_and_images_their_array(made, tmp_path, capsys):
     assert "real images (1, 28, 28): must be (3, 24, 24)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "name", "more"),
+    [("test", "samples.npz", ()), ("train", "guidance-0.5.npz", ("--guidance", "1", "0.5"))],
+)
+def test_real_images_are_not_replaced(made, tmp_path, capsys, monkeypatch, flag, name, more):
+    real = {"train": tmp_path / "train.npz", "test": tmp_path / "test.npz", flag: tmp_path / name}
+    for path in real.values():
+        path.write_bytes(b"mine")
+    monkeypatch.chdir(tmp_path)
+    own = ("--train", real["train"].name, "--test", real["test"].name)
+    assert evaluate(made, tmp_path, *own, *more) == 1
+    assert f"--{flag}={name}: would be replaced" in capsys.readouterr().err
+    assert real[flag].read_bytes() == b"mine"
+
+
 def test_the_images_that_are_judged_are_left_as_they_are(made, swept, tmp_path):
     mine = tmp_path / "mine.npz"
     np.savez_compressed(mine, **np.load(swept / "guidance-2.npz"), notes=np.arange(3))

@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         errors.number("--guidance", w)
     started, progress = time.perf_counter(), sys.stderr.isatty()
     source = _model(args) if args.images is None else _file(args)
+    if args.images is None:
+        _leave_inputs(args)
     training, test = _real(args, source.shape)
     count = source.count
     if not 0 <= args.bits_per_dim <= count or (args.bits_per_dim and source.bits is None):
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         "threads": torch.get_num_threads(),
     }
     for name, images, asked in source.sets():
-        stem = name.replace(" ", "-")
+        stem = _stem(name)
         if args.images is None:
             n, channels, height, width = images.shape
             with npz_writer(args.out / f"{stem}.npz", (n, height, width, channels), asked) as add:
@@ -159,7 +161,6 @@ def _model(args: argparse.Namespace) -> _Source:
     def sets() -> Iterator[tuple[str, Tensor, Tensor | None]]:
         labels = None if classes is None else torch.arange(args.samples) % classes
         for w, (network, weight) in zip(args.guidance or [None], networks, strict=True):
-            name = "samples" if w is None else f"guidance {w:g}"
             batches = draw_batches(
                 network,
                 sampler,
@@ -172,7 +173,7 @@ def _model(args: argparse.Namespace) -> _Source:
                 device=args.device,
                 progress=progress,
             )
-            yield name, torch.cat(list(batches)), labels
+            yield _name(w), torch.cat(list(batches)), labels
 
     def bits(images: Tensor, labels: Tensor | None) -> BitsPerDim:
         return bits_per_dim(
@@ -194,6 +195,26 @@ def _model(args: argparse.Namespace) -> _Source:
         "seed": args.seed,
     }
     return _Source(shape, args.samples, facts, sets, bits)
+
+
+def _name(w: float | None) -> str:
+    return "samples" if w is None else f"guidance {w:g}"
+
+
+def _stem(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _leave_inputs(args: argparse.Namespace) -> None:
+    """Raise where the images that are drawn would replace real ones that are to be read."""
+    written = {(args.out / f"{_stem(_name(w))}.npz").resolve() for w in args.guidance or [None]}
+    for flag in ("train", "test"):
+        path = getattr(args, flag)
+        if path is not None and path.resolve() in written:
+            raise ValueError(
+                f"--{flag}={path}: would be replaced by the images drawn, which go into "
+                f"--out={args.out}; give another folder"
+            )
 
 
 def _file(args: argparse.Namespace) -> _Source:
