@@ -39,15 +39,20 @@ def address(operand, sample, elements, shape):
 
 @triton.jit
 def row_of(table, index, rows, width):
-    """Row `index` of a table of rows x width: where it lies, and whether there is one."""
-    return table + index * width, (index >= 0) & (index < rows)
+    """Row `index` of a table of rows x width: where it lies, and whether there is one.
+
+    Where there is none, the first is read in its place: no memory but the table's, and no mask,
+    with which a program's one access would be every thread's.
+    """
+    known = (index >= 0) & (index < rows)
+    return table + tl.where(known, index, 0) * width, known
 
 
 @triton.jit
 def entry(row, column):
     """A row's value in a column; NaN where there is no such row, so that it shows."""
     pointer, known = row
-    return tl.load(pointer + column, known, float("nan"))
+    return tl.where(known, tl.load(pointer + column), float("nan"))
 
 
 @triton.jit
