@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from fastdiff import ops
 from fastdiff.ops import OPS, streams_of
 
 _C = pytest.importorskip("fastdiff._C", reason="installed without a C++ compiler")
@@ -194,3 +195,33 @@ def test_more_than_three_dimensions_of_unlike_strides_are_refused():
     m = x.permute(0, 4, 3, 2, 1).contiguous().permute(0, 4, 3, 2, 1)
     with pytest.raises(ValueError, match="contiguous"):
         OPS["cfg"].call(x, m, None, 1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does")
+@pytest.mark.skipif(not ops.conv3x3_available(torch.float32), reason="its kernel is not here")
+def test_memory_that_threads_lack_is_an_error_and_not_the_end():
+    """Each thread of a convolution takes 2 MB, which the system refuses; then it does not."""
+    run = child(
+        "import resource, time, torch\n"
+        "from fastdiff import ops\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.randn(4, 512, 32, 32).contiguous(memory_format=torch.channels_last)\n"
+        "weight = ops.pack_conv3x3(torch.randn(64, 512, 3, 3), 4)\n"
+        "out = torch.empty(4, 64, 32, 32).contiguous(memory_format=torch.channels_last)\n"
+        "torch.relu(torch.randn(2, 64, 64, 64))  # threads exist\n"
+        "call = ops.OPS['conv3x3'].bind(x, weight, None, None, False, out)\n"
+        "limits = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(), limits[1]))\n"
+        "try:\n"
+        "    call()\n"
+        "except MemoryError:\n"
+        "    time.sleep(0.2)  # for a thread that is late\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, limits)\n"
+        "    call()\n"
+        "    print(torch.equal(out, ops.conv3x3(x, weight)))\n",
+        MALLOC_MMAP_THRESHOLD_="65536",
+        PYTHONPATH=os.pathsep.join([*sys.path, str(os.getcwd())]),
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "True"

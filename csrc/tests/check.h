@@ -20,6 +20,7 @@ struct Kernels;
 
 // One a file. The kernels are those of each instruction set this machine runs, in turn.
 void test_tensor();
+void test_parallel();
 void test_words();
 void test_normals();
 void test_functions();

@@ -7,6 +7,7 @@
 
 int main() {
   test_tensor();
+  test_parallel();
   test_words();
   test_normals();
   test_functions();
