@@ -156,9 +156,17 @@ class Claim:
         return lines
 
 
+HOW = (
+    "What follows ± is the standard error of a point's images together, from leaving out one "
+    "seed's after the other (of one seed, from image to image); in two dimensions, the spread over "
+    "seeds. FD falls with the number of images: compare it within a table. How many there are is "
+    "what two cores drew in hours; `--images 10000` draws more, and goes on where it was stopped."
+)
+
+
 def document(out: Path) -> None:
     """Write results.md of the claims whose points are there."""
-    lines = ["# The literature's claims, put to the test"]
+    lines = ["# The literature's claims, put to the test", "", HOW]
     for name in CLAIMS:
         lines += importlib.import_module(f"bench.claims.{name}").CLAIM.section(out)
     write_bytes(out / "results.md", ("\n".join(lines) + "\n").encode())
